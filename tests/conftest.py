@@ -1,0 +1,25 @@
+"""Shared fixtures: small random models, and the embedded model where a test is about real weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from common.checkpoint import load
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _two_threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """(model, tokenizer) of the smallest shape, random weights."""
+    return load("random:tiny", device="cpu", dtype="float32", quiet=True)
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    """(model, tokenizer) of the embedded model in float32 on the CPU; fetched and converted at the first use."""
+    return load("embedded", device="cpu", dtype="float32", quiet=True)
