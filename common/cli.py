@@ -1,0 +1,457 @@
+"""What every script's command line shares: options, sweeps, presets, exit codes, tables.
+
+Imports no torch and no matplotlib, so that `--help` answers at once. A script is put together like this:
+
+    parser = cli.build_parser(__doc__, sweeps={"--batch-sizes": "requests in one batch"})
+
+    def main(args):
+        out = cli.output_dir(args, __file__)                  # refused before anything is measured
+        typed = cli.apply_preset(args, PRESETS, "cpu")        # fills args.batch_sizes, repeats, warmup
+        with cli.keep_partial(args):                          # Ctrl-C ends the loop, not the script
+            for batch_size in args.batch_sizes:
+                ...measure, append a row...
+        ...draw what there is, print the table...             # then `run` exits 130
+
+    if __name__ == "__main__":
+        cli.run(main, parser)
+"""
+
+import argparse
+import contextlib
+import errno
+import json
+import os
+import re
+import select
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from common.errors import CheckFailed, UserError
+
+PRESETS = ("auto", "quick", "laptop", "course")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+MAX_SWEEP_POINTS = 10_000
+MAX_SWEEP_VALUE = 2**40
+DEFAULT_REPEATS, DEFAULT_WARMUP = 5, 1
+EXIT_CHECK_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
+
+_INTEGER = re.compile(r"(?:2\^([0-9]{1,3})|([0-9]{1,20}))\Z")
+# What the operating system refuses because of where the user pointed us, not because of a bug here.
+_ENVIRONMENT_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line: the usage text above them hides what was wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USER_ERROR, f"{self.prog}: error: {_one_line(message)}\n")
+
+
+def build_parser(
+    doc: str | None,
+    *,
+    sweeps: Mapping[str, str] | None = None,
+    text: bool = False,
+    model: bool = True,
+    compare: Sequence[str] = (),
+) -> argparse.ArgumentParser:
+    """The options of every script. `doc` is the script's docstring and becomes the text of `--help`.
+
+    sweeps:  option name -> help. A plural name (`--batch-sizes`) takes a sweep and gives a list of int; a singular one
+             (`--input-length`) takes one number and gives an int. Both are None unless typed.
+    text:    adds what scripts that generate text take: `--prompt`, `--prompts`, `--raw`, `--dump-tokens`, EOS handling.
+             `args.ignore_eos` is True, False, or None when neither option was typed.
+    model:   adds `--model` and `--context`.
+    compare: names of the peers that `--compare` accepts; `args.compare` is a tuple, empty unless typed.
+
+    `--repeats` and `--warmup` are None unless typed: `apply_preset` fills them.
+    """
+    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    if model:
+        parser.add_argument(
+            "--model",
+            type=_nonempty,
+            metavar="SOURCE",
+            help="a checkpoint folder, a hub id, 'embedded' (small real weights) or 'random:SHAPE'; "
+            "without it: $TLAB_MODEL, a local Llama-3-8B, or embedded",
+        )
+        parser.add_argument("--context", type=_positive, metavar="N", help="context length of a 'random:' model")
+    parser.add_argument("--device", type=_device, default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="number format of the weights (default: auto)")
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="auto",
+        help="sizes: quick (at most 10 s), laptop (35 s on two cores), course (the handout's); "
+        "auto is course on a GPU and laptop on a CPU",
+    )
+    for name, help_text in (sweeps or {}).items():
+        if name.endswith("s"):
+            parser.add_argument(
+                name, type=_sweep, metavar="SWEEP", help=f"{help_text}: 1,2,4 or 128:2048:128 or 2^0..2^6"
+            )
+        else:
+            parser.add_argument(name, type=_one_size, metavar="N", help=help_text)
+    parser.add_argument(
+        "--out", type=_nonempty, metavar="DIR", help="where to write (default: results/ beside the script)"
+    )
+    parser.add_argument("--seed", type=_natural, default=0, help="seed of everything random (default: 0)")
+    parser.add_argument("--repeats", type=_positive, metavar="N", help="timed runs a point (default: the preset's)")
+    parser.add_argument("--warmup", type=_natural, metavar="N", help="untimed runs before them (default: the preset's)")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows that an earlier run wrote, measure the rest"
+    )
+    parser.add_argument("--no-plot", action="store_true", help="write the CSV only")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if compare:
+        parser.add_argument(
+            "--compare",
+            type=_names_among(tuple(compare)),
+            default=(),
+            metavar="NAMES",
+            help=f"also measure these, comma-separated: {', '.join(compare)}",
+        )
+    if text:
+        _add_text_options(parser)
+    return parser
+
+
+def _add_text_options(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", type=_nonempty, metavar="TEXT", help="answer this prompt")
+    source.add_argument("--prompts", type=_nonempty, metavar="FILE", help="a prompt a line; JSON lines if named .jsonl")
+    parser.add_argument("--raw", action="store_true", help="give the prompt as it is, without the chat template")
+    parser.add_argument("--dump-tokens", type=_nonempty, metavar="FILE", help="write the token ids as JSON lines")
+    eos = parser.add_mutually_exclusive_group()
+    eos.add_argument("--ignore-eos", dest="ignore_eos", action="store_const", const=True, help="go on past end-of-text")
+    eos.add_argument("--stop-at-eos", dest="ignore_eos", action="store_const", const=False, help="stop at end-of-text")
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+def parse_sweep(text: str) -> list[int]:
+    """Sizes, strictly ascending: `1,2,4`, `128:2048:128` (the end included), `2^0..2^6` (every power of two).
+
+    Items may be mixed with commas (`1,2^3,16:64:16`). Raises UserError when it is empty, not ascending, has more than
+    10,000 points or a value outside 1..2^40.
+    """
+    values: list[int] = []
+    for item in text.split(","):
+        values += _sweep_item(item.strip(), text)
+        if len(values) > MAX_SWEEP_POINTS:
+            raise UserError(f"sweep {_shown(text)}: more than {MAX_SWEEP_POINTS:,} points")
+    for before, after in zip(values, values[1:]):
+        if after <= before:
+            raise UserError(f"sweep {_shown(text)}: {after} comes after {before}; give ascending sizes, each once")
+    return values
+
+
+def _sweep_item(item: str, text: str) -> Sequence[int]:
+    if not item:
+        raise UserError(f"sweep {_shown(text)}: an empty item; write 1,2,4 or 128:2048:128 or 2^0..2^6")
+    if ".." in item:
+        first, _, last = item.partition("..")
+        low, high = _size(first, text), _size(last, text)
+        if low & (low - 1) or high & (high - 1):
+            raise UserError(f"sweep {_shown(text)}: both ends of .. must be powers of two, as in 2^0..2^6")
+        values: Sequence[int] = [1 << e for e in range(low.bit_length() - 1, high.bit_length())]
+    elif ":" in item:
+        parts = item.split(":")
+        if len(parts) != 3:
+            raise UserError(f"sweep {_shown(text)}: a range is START:STOP:STEP, as in 128:2048:128")
+        start, stop, step = (_size(part, text) for part in parts)
+        values = range(start, stop + 1, step)  # not expanded before its length is checked
+    else:
+        values = [_size(item, text)]
+    if not values:
+        raise UserError(f"sweep {_shown(text)}: {_shown(item)} is descending; give ascending sizes")
+    if len(values) > MAX_SWEEP_POINTS:
+        raise UserError(f"sweep {_shown(text)}: more than {MAX_SWEEP_POINTS:,} points")
+    return values
+
+
+def _size(item: str, text: str) -> int:
+    match = _INTEGER.match(item.strip())
+    if not match:
+        raise UserError(f"sweep {_shown(text)}: {_shown(item)} is not a positive whole number or a power 2^N")
+    value = 1 << int(match[1]) if match[1] else int(match[2])
+    if not 1 <= value <= MAX_SWEEP_VALUE:
+        raise UserError(f"sweep {_shown(text)}: {_shown(item)} is outside 1..2^40")
+    return value
+
+
+def _shown(text: str) -> str:
+    """User text for an error line: quoted, and cut when it is long."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def _sweep(text: str) -> list[int]:
+    try:
+        return parse_sweep(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _one_size(text: str) -> int:
+    values = _sweep(text)
+    if len(values) != 1:
+        raise argparse.ArgumentTypeError(f"takes one number, not the sweep {_shown(text)}")
+    return values[0]
+
+
+def _natural(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"{_shown(text)} is not a whole number of 0 or more")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{_shown(text)} is not a whole number of 1 or more")
+    return int(text)
+
+
+def _nonempty(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"{_shown(text)} is not auto, cpu, cuda or cuda:N")
+    return text
+
+
+def _names_among(choices: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+        for name in names:
+            if name not in choices:
+                raise argparse.ArgumentTypeError(f"{_shown(name)} is not one of {', '.join(choices)}")
+        return names
+
+    return parse
+
+
+# --- presets and sizes -----------------------------------------------------------------------------------------------
+def preset_name(args: argparse.Namespace, device_type: str) -> str:
+    """The preset in use: what was typed, or for `auto` course on `cuda` and laptop elsewhere."""
+    if args.preset != "auto":
+        return args.preset
+    return "course" if device_type == "cuda" else "laptop"
+
+
+def apply_preset(args: argparse.Namespace, presets: Mapping[str, Mapping[str, Any]], device_type: str) -> set[str]:
+    """Fill the options that were not typed from the preset in use, print the sizes, return the names that were typed.
+
+    `presets` maps quick, laptop and course to {option name as in args: value}; `repeats` and `warmup` may be among
+    them (else 5 and 1). `args.preset` becomes the resolved name, so provenance records it. The returned set answers
+    `clip_sweep(..., typed="seq_lens" in typed)`.
+    """
+    args.preset = preset_name(args, device_type)
+    sizes = {"repeats": DEFAULT_REPEATS, "warmup": DEFAULT_WARMUP, **presets[args.preset]}
+    typed = {name for name in sizes if getattr(args, name, None) is not None}
+    for name, value in sizes.items():
+        if name not in typed:
+            setattr(args, name, list(value) if isinstance(value, (list, tuple, range)) else value)
+    shown = (f"{name.replace('_', '-')} {_sizes_text(getattr(args, name))}" for name in sorted(sizes))
+    print(f"preset {args.preset}: {'; '.join(shown)}")
+    return typed
+
+
+def _sizes_text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def clip_sweep(values: Sequence[int], limit: int, *, typed: bool, what: str) -> list[int]:
+    """The values of at most `limit`. A preset's larger ones are left out with a printed line; a typed one is an error.
+
+    what: what the limit is, as in "context": "2^14 left out: context 8192".
+    """
+    kept = [value for value in values if value <= limit]
+    over = [_size_name(value) for value in values if value > limit]
+    if over and typed:
+        raise UserError(f"{over[0]} is above {what} {limit}; give sizes of at most {limit}")
+    if not kept:
+        raise UserError(f"no size of this preset fits {what} {limit}: the smallest is {min(values, default=0)}")
+    if over:
+        print(f"{', '.join(over)} left out: {what} {limit}")
+    return kept
+
+
+def _size_name(value: int) -> str:
+    return f"2^{value.bit_length() - 1}" if value >= 1024 and value & (value - 1) == 0 else str(value)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+def output_dir(args: argparse.Namespace, script_file: str) -> Path:
+    """`--out`, or results/ beside the script; created, and tried by writing, so that it is refused before measuring."""
+    folder = Path(args.out).expanduser() if args.out else Path(script_file).resolve().parent / "results"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"--out: cannot write into {folder}: {reason}; give a folder with --out DIR") from None
+    return folder
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Prompts from a file: one a line, blank lines skipped.
+
+    A name that ends in .jsonl holds JSON lines, each a string or {"prompt": string}. Errors name the line.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--prompts: cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    prompts = []
+    for number, raw in enumerate(lines, start=1):
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\r")
+        except UnicodeDecodeError:
+            raise UserError(f"{path} line {number}: not UTF-8 text; save the file as UTF-8") from None
+        if line.strip():
+            prompts.append(_json_prompt(line, path, number) if path.suffix == ".jsonl" else line)
+    if not prompts:
+        raise UserError(f"--prompts: {path} holds no prompt; write one a line")
+    return prompts
+
+
+def _json_prompt(line: str, path: Path, number: int) -> str:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} line {number}: not JSON ({error}); a .jsonl file holds one JSON value a line"
+        ) from None
+    if isinstance(value, dict):
+        unknown = [key for key in value if key != "prompt"]
+        if unknown:
+            raise UserError(f'{path} line {number}: unknown key {_shown(unknown[0])}; only "prompt" is read')
+        value = value.get("prompt")
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f'{path} line {number}: no prompt; a line is "text" or {{"prompt": "text"}}')
+    return value
+
+
+def typed_prompts(args: argparse.Namespace) -> list[str] | None:
+    """What `--prompt` or `--prompts` gave, or None when neither was typed."""
+    if args.prompt is not None:
+        return [args.prompt]
+    return read_prompts(args.prompts) if args.prompts is not None else None
+
+
+def print_written(*paths: str | Path) -> None:
+    """Say which files the script wrote, relative to the working directory where that is shorter."""
+    for path in map(str, paths):
+        print(f"wrote {min(path, os.path.relpath(path), key=len)}")
+
+
+# --- table -----------------------------------------------------------------------------------------------------------
+def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """One table on stdout: numbers to four significant digits and right-aligned, text left-aligned, None empty."""
+    cells = [[format_value(row.get(column)) for column in columns] for row in rows]
+    numeric = [all(isinstance(row.get(c), (int, float, type(None))) for row in rows) for c in columns]
+    widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
+    for line in [list(columns), ["-" * width for width in widths], *cells]:
+        parts = [cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(line, widths, numeric)]
+        print("  ".join(parts).rstrip())
+
+
+def format_value(value: Any) -> str:
+    """A cell of a table: 0.01235, 12.35, 12346 (never 1.235e+04), text as it is, None empty."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+    return str(value)
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def keep_partial(args: argparse.Namespace) -> Iterator[None]:
+    """Around the measuring loop: Ctrl-C ends the loop; the script goes on to draw its rows, and `run` exits 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        args.interrupted = True
+        print("\ninterrupted: keeping the rows measured so far", file=sys.stderr)
+
+
+def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, argv=None) -> NoReturn:
+    """Parse, call `main(args)`, exit: 0; 1 a check failed, or a bug; 2 the user's input or machine; 130 after Ctrl-C.
+
+    An error is one line on stderr; `--debug` adds its traceback. A closed pipe (`script.py | head`) ends quietly.
+    """
+    try:
+        args = parser.parse_args(argv)
+        code = _call(main, args, parser.prog)
+        sys.stdout.flush()
+    except SystemExit as error:  # argparse: --help or an error that it has printed
+        code = error.code
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
+    except BrokenPipeError:
+        code = EXIT_BROKEN_PIPE
+    if code == EXIT_BROKEN_PIPE or _reader_is_gone():
+        # The interpreter flushes stdout once more on its way out and would complain there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(code)
+
+
+def _call(main: Callable[[argparse.Namespace], None], args: argparse.Namespace, prog: str) -> int:
+    try:
+        main(args)
+        code, message = 0, ""
+    except KeyboardInterrupt:
+        code, message = EXIT_INTERRUPTED, "interrupted"
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return EXIT_BROKEN_PIPE
+        code, message = _explain(error)
+        if args.debug:
+            traceback.print_exc()
+    if message:
+        print(f"{prog}: {_one_line(message)}", file=sys.stderr)
+    return EXIT_INTERRUPTED if getattr(args, "interrupted", False) else code
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """Exit code and line for an exception that ended `main`."""
+    if isinstance(error, UserError):
+        return EXIT_USER_ERROR, f"error: {error}"
+    if isinstance(error, CheckFailed):
+        return EXIT_CHECK_FAILED, f"check failed: {error}"
+    # torch is not imported for this: its class is known by name, its CPU allocator by its message.
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if names & {"MemoryError", "OutOfMemoryError"} or "DefaultCPUAllocator" in str(error):
+        first = str(error).strip().split("\n")[0]
+        return (
+            EXIT_USER_ERROR,
+            f"error: out of memory{': ' if first else ''}{first}; try smaller sizes or --preset quick",
+        )
+    if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRNOS:
+        return EXIT_USER_ERROR, f"error: {error.filename or 'writing'}: {error.strerror}"
+    text = str(error).strip().split("\n")[0]
+    return EXIT_CHECK_FAILED, f"internal error: {type(error).__name__}: {text}; --debug shows the traceback"
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # no poll on this system, or stdout is not a file
+        return False
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())

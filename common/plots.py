@@ -1,0 +1,191 @@
+"""Figures in one style, drawn from a CSV alone, with their machine in the footer.
+
+    fig, ax = plots.new_figure("How does time grow with the output?")
+    plots.band(ax, xs, time, p10, p90, "no cache")
+    plots.ceiling_line(ax, ceiling, "memory ceiling")
+    plots.log2_axis(ax, xs)
+    ax.set(xlabel="output tokens", ylabel="seconds")
+    plots.save(fig, csv_path.with_suffix(".png"), plots.footer(csv_path))
+
+Figures are made without pyplot: no window, no global list of figures that grows.
+"""
+
+import io
+import math
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from common.results import read_json, write_atomic
+
+DPI = 120
+WIDTH, HEIGHT = 10.0, 5.8  # inches of a figure with one panel: 1200 x 696 pixels
+MAX_TICKS = 12
+MAX_LEGEND_INSIDE = 6
+# Okabe and Ito's palette, which people with any of the common colour deficiencies can tell apart; yellow is left out,
+# too pale on white. Markers differ too, so that a print in grey can be read.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+CEILING_COLOUR = "#555555"
+
+matplotlib.rcParams.update(
+    {
+        "font.size": 13,
+        "axes.titlesize": 14,
+        "axes.labelsize": 13,
+        "xtick.labelsize": 12,
+        "ytick.labelsize": 12,
+        "legend.fontsize": 12,
+        "legend.framealpha": 0.9,
+        "figure.titlesize": 16,
+        "lines.linewidth": 2.0,
+        "lines.markersize": 7,
+        "axes.grid": True,
+        "grid.color": "#DDDDDD",
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    }
+)
+
+
+def new_figure(title: str, *, panels: int = 1, **kw: Any) -> tuple[Figure, Any]:
+    """A figure with `panels` panels in at most two columns. Returns (figure, Axes), or a list of Axes for several.
+
+    kw goes to `Figure.subplots` (`sharex=True`, `width_ratios=...`).
+    """
+    columns = min(panels, 2)
+    rows = math.ceil(panels / columns)
+    width = WIDTH if columns == 1 else 1.4 * WIDTH
+    fig = Figure(figsize=(width, HEIGHT * (1 if rows == 1 else 0.85 * rows)), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(fig)
+    fig.suptitle("\n".join(textwrap.wrap(title, width=int(width * 8))))
+    axes = list(fig.subplots(rows, columns, squeeze=False, **kw).flat)
+    for spare in axes[panels:]:
+        spare.remove()
+    return fig, axes[0] if panels == 1 else axes[:panels]
+
+
+def band(
+    ax: Axes,
+    xs: Sequence[float],
+    mid: Sequence[float | None],
+    lo: Sequence[float | None] | None,
+    hi: Sequence[float | None] | None,
+    label: str,
+    *,
+    suspect: Sequence[Any] | None = None,
+    **kw: Any,
+) -> None:
+    """A line of medians with markers and the p10..p90 band behind it. None is a gap.
+
+    suspect: true where a point stayed above 105 % of its ceiling; its marker is hollow. kw goes to `Axes.plot`.
+    """
+    count = sum(1 for line in ax.lines if line.get_gid() == "series")
+    style = {"color": COLOURS[count % len(COLOURS)], "marker": MARKERS[count % len(MARKERS)]} | kw
+    y = [math.nan if value is None else value for value in mid]
+    hollow = [bool(flag) for flag in suspect] if suspect is not None else [False] * len(y)
+    solid = [index for index, flag in enumerate(hollow) if not flag]
+    (line,) = ax.plot(xs, y, label=label, markevery=solid, gid="series", **style)
+    if any(hollow):
+        ax.plot(
+            [x for x, flag in zip(xs, hollow) if flag],
+            [value for value, flag in zip(y, hollow) if flag],
+            linestyle="none",
+            marker=style["marker"],
+            markerfacecolor="white",
+            markeredgecolor=line.get_color(),
+            markeredgewidth=2,
+            zorder=line.get_zorder() + 0.1,
+            label=f"{label}: above its ceiling",
+        )
+    if lo is not None and hi is not None:
+        low = [math.nan if value is None else value for value in lo]
+        high = [math.nan if value is None else value for value in hi]
+        ax.fill_between(xs, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
+
+
+def ceiling_line(ax: Axes, value: float, label: str) -> None:
+    """What the machine allows: a dashed horizontal line, named in the legend with its value."""
+    count = sum(1 for line in ax.lines if line.get_gid() == "ceiling")
+    ax.axhline(
+        value,
+        color=CEILING_COLOUR,
+        linestyle=("--", ":", "-.")[count % 3],
+        linewidth=1.8,
+        label=f"{label}: {value:,.4g}" if value < 1000 else f"{label}: {value:,.0f}",
+        gid="ceiling",
+        zorder=1.5,
+    )
+
+
+def log2_axis(ax: Axes, values: Sequence[float], axis: str = "x") -> None:
+    """A log2 scale with ticks at the values, labelled 1, 2, 4, 128, 1k, 2k; of many values the powers of two."""
+    ticks = sorted({value for value in values if value > 0})
+    if not ticks:
+        return
+    if len(ticks) > MAX_TICKS:
+        powers = [2.0**e for e in range(math.ceil(math.log2(ticks[0])), math.floor(math.log2(ticks[-1])) + 1)]
+        ticks = powers[:: math.ceil(len(powers) / MAX_TICKS)] or ticks[:1]
+    which = ax.xaxis if axis == "x" else ax.yaxis
+    which.axes.set_xscale("log", base=2) if axis == "x" else which.axes.set_yscale("log", base=2)
+    which.set_major_locator(FixedLocator(ticks))
+    which.set_minor_locator(NullLocator())
+    which.set_major_formatter(lambda value, _: size_label(value))
+    if axis == "x":
+        low, high = min(v for v in values if v > 0), max(values)
+        pad = 2.0 ** max(0.15, 0.04 * math.log2(high / low))
+        ax.set_xlim(low / pad, high * pad)
+
+
+def size_label(value: float) -> str:
+    """1, 128, 1k, 1.5k, 16k, 1M, 4G: in units of 1024, as sizes are spoken of."""
+    for scale, unit in ((1 << 30, "G"), (1 << 20, "M"), (1 << 10, "k")):
+        if value >= scale and (value / scale * 4) == int(value / scale * 4):
+            return f"{value / scale:g}{unit}"
+    return f"{value:g}"
+
+
+def footer(*csv_paths: str | Path) -> str:
+    """Machine, model, dtype and date of the measurements, from the provenance beside each CSV."""
+    texts = []
+    for path in map(Path, csv_paths):
+        record = read_json(path.with_suffix(".json")) or {}
+        parts = [record.get("device_name"), record.get("model"), record.get("dtype"), record.get("preset")]
+        parts += [str(record.get("utc_time") or "")[:10]]
+        text = " · ".join(str(part) for part in parts if part) or f"{path.name}, without provenance"
+        if text not in texts:
+            texts.append(text)
+    return "  |  ".join(texts)
+
+
+def save(fig: Figure, path: str | Path, footer: str) -> Path:
+    """Write the PNG at 120 dpi, whole or not at all; adds legends and the footer line. Returns the path."""
+    for ax in fig.axes:
+        _legend(ax)
+    columns = int(fig.get_figwidth() * 11)
+    fig.supxlabel("\n".join(textwrap.wrap(footer, width=columns)), x=0.01, ha="left", fontsize=10, color="#555555")
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=DPI)
+    path = Path(path)
+    write_atomic(path, buffer.getvalue())
+    return path
+
+
+def _legend(ax: Axes) -> None:
+    """Inside where it fits, beside the panel where it is long; a legend that the script made stays."""
+    handles, labels = ax.get_legend_handles_labels()
+    if not labels or ax.get_legend() is not None:
+        return
+    if len(labels) <= MAX_LEGEND_INSIDE:
+        ax.legend(loc="best")
+    else:
+        ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)

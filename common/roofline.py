@@ -1,0 +1,270 @@
+"""What does this machine allow? Its memory bandwidth and its matrix-product speed: the ceilings of every plot.
+
+Method. Memory: a copy (bytes read + written) and a read-only pass over buffers of at least four times the last-level
+cache; on a GPU with kernels of our own in a CUDA graph, on a CPU with several torch operations, of which the best
+counts. Compute: matrix products of several sizes; the best of short runs (`burst`), then the best size run on for
+seconds (`sustained`: under load a power limit lowers the clock).
+
+Writes roofline.csv, roofline.json and roofline.png: attainable TFLOP/s against arithmetic intensity, and products by
+size. A GPU's roof for decode is the read-only ceiling, for elementwise work the copy ceiling; a CPU's the larger.
+
+    python -m common.roofline
+    python -m common.roofline --device cpu --dtype float32 --out /tmp/roofline
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common import cli, machine, results
+from common.errors import UserError
+
+COLUMNS = ("kind", "name", "dtype", "m", "n", "k", "gb_per_s", "tflops")
+MAX_AGE_S = 24 * 3600
+SUSPECT_RATIO = 1.05  # a point above this share of its ceiling is measured again with it (see `gate`)
+FORMAT = 1  # of the cached file
+FULL_DTYPES = {"cuda": ("bfloat16", "float16", "float32"), "cpu": ("float32", "bfloat16", "float16")}
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device was measured to allow. GB are 10^9 bytes, TFLOP 10^12 operations (a multiply-add is two)."""
+
+    device_name: str
+    device_type: str  # "cuda" or "cpu"
+    copy_gb_per_s: float  # bytes read + written
+    read_gb_per_s: float
+    cache_bytes: int  # last-level cache: points whose bytes fit are labelled so and not gated
+    tflops: dict[str, dict[str, float]] = field(default_factory=dict)  # dtype name -> {"burst": .., "sustained": ..}
+    utc_time: str = ""
+
+    def memory_gb_per_s(self, kind: str = "read") -> float:
+        """Ceiling of "read" work (decode) or "copy" work (elementwise). On a CPU the larger of both is used for both:
+        which of torch's operations reaches the real bandwidth there differs from machine to machine."""
+        if kind not in ("read", "copy"):
+            raise ValueError(f'memory ceiling {kind!r} is neither "read" nor "copy"')
+        if self.device_type == "cpu":
+            return max(self.read_gb_per_s, self.copy_gb_per_s)
+        return self.read_gb_per_s if kind == "read" else self.copy_gb_per_s
+
+    def peak_tflops(self, dtype: Any, kind: str = "burst") -> float:
+        """The compute ceiling in a dtype (torch's or its name): "burst" or "sustained"."""
+        return self.tflops[dtype_name(dtype)][kind]
+
+    def fits_in_cache(self, num_bytes: float) -> bool:
+        return num_bytes <= self.cache_bytes
+
+
+def dtype_name(dtype: Any) -> str:
+    """ "float32" for torch.float32 or "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+# --- the ceilings that scripts use -----------------------------------------------------------------------------------
+def ceilings(device: Any, dtype: Any, *, fresh: bool = False) -> Ceilings:
+    """The ceilings of a device for one dtype: measured in under 5 s, or reused when measured here within a day.
+
+    device: "cpu", "cuda", "cuda:1" or a torch.device. fresh: measure again whatever is cached.
+    """
+    device, wanted = _device(device), dtype_name(dtype)
+    path = _cache_path(device)
+    known = None if fresh else _load(path)
+    if known is None:
+        known = _measure(device, (wanted,), quick=True, record=_ignore)
+    elif wanted not in known.tflops:
+        tflops = known.tflops | _compute(device, (wanted,), quick=True, record=_ignore)
+        known = Ceilings(**(asdict(known) | {"tflops": tflops}))
+    else:
+        return known
+    _store(path, known)
+    return known
+
+
+def gate(
+    measure: Callable[[], float], ceiling: Callable[[Ceilings], float], known: Ceilings, device: Any, dtype: Any
+) -> tuple[float, Ceilings, bool]:
+    """Measure a figure and hold it against its ceiling. Returns (figure, ceilings, suspect).
+
+    A figure above 105 % of the ceiling is measured again, together with the ceiling. If it is still above, it is
+    `suspect`: the caller marks the row, and on CUDA raises CheckFailed when all rows are written.
+    measure: gives the figure (GB/s or TFLOP/s). ceiling: picks its ceiling, as in `lambda c: c.memory_gb_per_s()`.
+    """
+    value = measure()
+    if value <= SUSPECT_RATIO * ceiling(known):
+        return value, known, False
+    known = ceilings(device, dtype, fresh=True)
+    value = measure()
+    return value, known, value > SUSPECT_RATIO * ceiling(known)
+
+
+def cache_folder() -> Path:
+    """Where measured ceilings are kept: $TLAB_CACHE, else the platform's cache folder."""
+    import platformdirs
+
+    return Path(os.environ.get("TLAB_CACHE") or platformdirs.user_cache_dir("transformers-lab"))
+
+
+def _cache_path(device: Any) -> Path:
+    """One file for each thing that would change the figures: host, card, libraries, threads, clocks' power limit."""
+    facts = machine.machine_facts(str(device))
+    key = [os.uname().nodename, str(device), facts["cpu_model"], facts["device_name"], facts["cpu_cores"]]
+    key += [facts.get("threads"), facts.get("power_limit_w"), machine.library_versions().get("torch"), FORMAT]
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    return cache_folder() / f"ceilings-{device.type}-{digest}.json"
+
+
+def _load(path: Path) -> Ceilings | None:
+    """What was measured here within the day, or None. Anything unreadable counts as nothing."""
+    value = results.read_json(path)
+    if value is None or not 0 <= time.time() - value.pop("unix_time", 0) < MAX_AGE_S:
+        return None
+    try:
+        known = Ceilings(**value)
+        rates = [known.copy_gb_per_s, known.read_gb_per_s, *(r for d in known.tflops.values() for r in d.values())]
+        return known if all(rate > 0 for rate in rates) else None
+    except (TypeError, AttributeError):
+        return None
+
+
+def _store(path: Path, known: Ceilings) -> None:
+    """Keep them for a day. A cache that cannot be written only costs the next script its seconds."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        results.write_json(path, asdict(known) | {"unix_time": time.time()})
+    except OSError:
+        pass
+
+
+def _device(device: Any) -> Any:
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {device}: no CUDA device is visible; use --device cpu")
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    return device
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+def _ignore(**row: Any) -> None:
+    pass
+
+
+def _measure(device: Any, dtypes: tuple[str, ...], *, quick: bool, record: Callable[..., None]) -> Ceilings:
+    """Everything. `record(**row)` is called for each thing measured, with the keys of COLUMNS that apply."""
+    from common import roofline_measure as on
+
+    memory = on.gpu_memory(device, quick=quick) if device.type == "cuda" else on.cpu_memory(quick=quick)
+    for kind, name, rate in memory:
+        record(kind=kind, name=name, gb_per_s=rate)
+    best = {kind: max(rate for k, _, rate in memory if k == kind) for kind in ("copy", "read")}
+    return Ceilings(
+        device_name=machine.machine_facts(str(device))["device_name"],
+        device_type=device.type,
+        copy_gb_per_s=best["copy"],
+        read_gb_per_s=best["read"],
+        cache_bytes=on.cache_bytes(device),
+        tflops=_compute(device, dtypes, quick=quick, record=record),
+        utc_time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )
+
+
+def _compute(
+    device: Any, dtypes: tuple[str, ...], *, quick: bool, record: Callable[..., None]
+) -> dict[str, dict[str, float]]:
+    from common import roofline_measure as on
+
+    found = {}
+    for dtype in dtypes:
+        best, best_shape = 0.0, None
+        for name, shape, rate in on.products(device, dtype, quick=quick):
+            record(kind="product", name=name, dtype=dtype, **dict(zip("mnk", shape)), tflops=rate)
+            if rate > best:
+                best, best_shape = rate, (name, shape)
+        assert best_shape is not None
+        name, shape = best_shape
+        sustained = on.sustained_product(device, dtype, name, shape, quick=quick)
+        record(kind="sustained", name=name, dtype=dtype, **dict(zip("mnk", shape)), tflops=sustained)
+        found[dtype] = {"burst": max(best, sustained), "sustained": sustained}
+    return found
+
+
+# --- the script ------------------------------------------------------------------------------------------------------
+def main(args) -> None:
+    out = cli.output_dir(args, __file__)
+    device = _device(args.device if args.device != "auto" else _auto_device())
+    dtypes = FULL_DTYPES[device.type] if args.dtype == "auto" else (args.dtype,)
+    record = results.provenance(args, device=str(device), dtype=",".join(dtypes), backend="torch")
+    file = results.ResultFile(out, "roofline", COLUMNS, record, key=["kind", "name", "dtype"])
+    blank = dict.fromkeys(COLUMNS)
+    found = None
+    with cli.keep_partial(args):
+        found = _measure(device, dtypes, quick=False, record=lambda **row: file.append(**(blank | row)))
+        _store(_cache_path(device), found)
+    file.close(**({"ceilings": asdict(found)} if found else {}))
+    cli.print_table(file.rows, [c for c in COLUMNS if any(row[c] is not None for row in file.rows)])
+    if file.rows:
+        cli.print_written(file.path, file.json_path)
+    if found is None:
+        return
+    if not args.no_plot:
+        cli.print_written(draw(file.path))
+    memory, dtype = found.memory_gb_per_s("read"), dtypes[0]
+    peak = found.peak_tflops(dtype, "sustained")
+    print(
+        f"{found.device_name}: copy {found.copy_gb_per_s:.4g} GB/s, read {found.read_gb_per_s:.4g} GB/s, {dtype} "
+        f"{found.peak_tflops(dtype):.4g} TFLOP/s in a burst and {peak:.4g} sustained. Work with fewer than "
+        f"{peak * 1e3 / memory:.3g} operations for each byte it reads waits for memory."
+    )
+
+
+def _auto_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def draw(csv_path: Path) -> Path:
+    """The roofline and the products by size, from the CSV alone."""
+    from common import plots
+
+    rows = results.read_rows(csv_path, COLUMNS)
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows if row["dtype"]))
+    fig, (roof, by_size) = plots.new_figure("What does this machine allow?", panels=2)
+    memory = {kind: max(r["gb_per_s"] for r in rows if r["kind"] == kind) for kind in ("read", "copy")}
+    intensities = [2.0**e for e in range(-2, 13)]
+    for index, dtype in enumerate(dtypes):
+        colour = plots.COLOURS[index % len(plots.COLOURS)]
+        products = [row for row in rows if row["kind"] == "product" and row["dtype"] == dtype]
+        peak = max(row["tflops"] for row in rows if row["dtype"] == dtype)
+        bandwidth = max(memory.values())
+        ridge = peak * 1e3 / bandwidth
+        xs = sorted([*intensities, ridge])
+        roof.plot(xs, [min(peak, x * bandwidth / 1e3) for x in xs], color=colour, label=f"{dtype}: {peak:.3g} TFLOP/s")
+        roof.plot([ridge], [peak], "o", color=colour)
+        roof.annotate(f"{ridge:.3g}", (ridge, peak), xytext=(0, 8), textcoords="offset points", ha="center")
+        squares = [row for row in products if row["m"] == row["n"] == row["k"]]
+        plots.band(by_size, [r["m"] for r in squares], [r["tflops"] for r in squares], None, None, dtype, color=colour)
+        sustained = [row["tflops"] for row in rows if row["kind"] == "sustained" and row["dtype"] == dtype]
+        if sustained:
+            by_size.axhline(
+                sustained[-1], color=colour, linestyle="--", label=f"{dtype} sustained: {sustained[-1]:.3g}"
+            )
+    roof.set_yscale("log")
+    plots.log2_axis(roof, intensities)
+    title = f"roofline: memory {memory['read']:.4g} GB/s read, {memory['copy']:.4g} copied"
+    roof.set(xlabel="arithmetic intensity (FLOP per byte); the ridge is labelled", ylabel="TFLOP/s", title=title)
+    plots.log2_axis(
+        by_size, [row["m"] for row in rows if row["kind"] == "product" and row["m"] == row["n"] == row["k"]]
+    )
+    by_size.set(xlabel="size of a square product", ylabel="TFLOP/s", title="products by size", yscale="log")
+    return plots.save(fig, csv_path.with_suffix(".png"), plots.footer(csv_path))
+
+
+if __name__ == "__main__":
+    cli.run(main, cli.build_parser(__doc__, model=False))
