@@ -46,6 +46,10 @@ class StepTimes:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
+    @property
+    def num_steps(self) -> int:
+        return max(len(self.stamps) - 1, 0)
+
     def until(self, num_tokens: int) -> float:
         """Seconds from the start until `num_tokens` tokens were there; the first comes from the prefill."""
         return self.stamps[num_tokens] - self.stamps[0]

@@ -5,21 +5,12 @@ The peer is built from our own tensors, so nothing is read twice and random mode
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
+from common.generation import StepTimes
 from common.llama import Llama
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What a peer returned: the output ids of every row and the wall time of the call in seconds."""
-
-    output_token_ids: list[list[int]]
-    time_s: float
 
 
 def hf_state_dict(model: Llama) -> dict[str, torch.Tensor]:
@@ -55,7 +46,8 @@ class HuggingFacePeer:
         self.model.load_state_dict(hf_state_dict(model), strict=False, assign=True)
         self.model.tie_weights()
         # What `assign` cannot reach: the rotary table is a buffer that checkpoints do not hold.
-        self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config, device=model.device)
+        with model.device:
+            self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config)
         self.model.eval()
         missing = [name for name, p in self.model.named_parameters() if p.device.type == "meta"]
         if missing:
@@ -69,13 +61,25 @@ class HuggingFacePeer:
 
     @torch.inference_mode()
     def generate(
-        self, prompts: Sequence[Sequence[int]], output_len: int, *, eos_token_ids: Sequence[int] = ()
-    ) -> Generated:
+        self,
+        prompts: Sequence[Sequence[int]],
+        output_len: int,
+        *,
+        eos_token_ids: Sequence[int] = (),
+        times: StepTimes | None = None,
+    ) -> list[list[int]]:
         """Continue all prompts as one left-padded batch; without `eos_token_ids` each gets exactly `output_len` ids.
 
-        EOS is ignored by not naming one to `generate`, so it stays a token like any other and is not masked.
+        EOS is ignored by not naming one to `generate`, so it stays a token like any other and is not masked. `times`
+        is stamped at the start and after every token.
         """
-        from transformers import GenerationConfig
+        from transformers import GenerationConfig, StoppingCriteriaList
+
+        def stamp(ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+            if times is not None:
+                times.step()
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # nothing is stopped
+
 
         device, longest = self.model.device, max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
@@ -85,11 +89,12 @@ class HuggingFacePeer:
         )
         # The model's own generation config would bring its EOS back.
         self.model.generation_config = config
-        start = time.perf_counter()
-        out = self.model.generate(ids, attention_mask=mask, generation_config=config)
-        rows = out[:, longest:].tolist()  # the copy to the host waits for the device
-        elapsed = time.perf_counter() - start
-        return Generated([_until_eos(row, eos_token_ids) for row in rows], elapsed)
+        if times is not None:
+            times.start()
+        out = self.model.generate(
+            ids, attention_mask=mask, generation_config=config, stopping_criteria=StoppingCriteriaList([stamp])
+        )
+        return [_until_eos(row, eos_token_ids) for row in out[:, longest:].tolist()]
 
 
 def _until_eos(row: list[int], eos_token_ids: Sequence[int]) -> list[int]:

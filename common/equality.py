@@ -1,0 +1,87 @@
+"""Are two greedy runs the same? The master test: same tokens, except where the reference itself is all but undecided.
+
+Rounding differs between ways of computing the same thing, so a row may part from the reference at a step where the
+reference's two best logits are closer than a tolerance. Such rows are ties: counted and printed, not hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from common.attention import Prefill
+from common.errors import CheckFailed
+from common.llama import Llama
+
+FLOAT32_TIE = 1e-4
+HALF_TIE_SHARE = 0.02  # in 16-bit dtypes: of the largest logit, since their rounding scales with it
+MAX_TIE_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A row that parted from the reference at output token `step`, where its two best logits were `margin` apart."""
+
+    row: int
+    step: int
+    margin: float
+    is_tie: bool
+
+
+def next_logits(model: Llama, tokens: Sequence[int]) -> torch.Tensor:
+    """Logits [V] of the token after `tokens`, all of them recomputed: the plainest way there is."""
+    last = torch.tensor([len(tokens) - 1], device=model.device)
+    ids = torch.tensor(list(tokens), device=model.device)
+    return model.logits(model.forward(ids, Prefill(model, [len(tokens)]), last))[0]
+
+
+def greedy_reference(model: Llama, prompt: Sequence[int], output_len: int) -> list[int]:
+    """`output_len` greedy tokens by full recompute; EOS is a token like any other."""
+    tokens = list(prompt)
+    for _ in range(output_len):
+        tokens.append(int(next_logits(model, tokens).argmax()))
+    return tokens[len(prompt) :]
+
+
+def differences(
+    model: Llama, prompts: Sequence[Sequence[int]], expected: Sequence[Sequence[int]], got: Sequence[Sequence[int]]
+) -> list[Difference]:
+    """The rows of `got` that part from `expected` (over the shorter of the two), each judged at its first step."""
+    found = []
+    for row, (prompt, want, have) in enumerate(zip(prompts, expected, got, strict=True)):
+        step = next((i for i, (a, b) in enumerate(zip(want, have)) if a != b), None)
+        if step is None:
+            continue
+        logits = next_logits(model, [*prompt, *want[:step]])
+        best = logits.topk(2).values
+        tolerance = FLOAT32_TIE if model.dtype == torch.float32 else HALF_TIE_SHARE * float(logits.abs().max())
+        margin = float(best[0] - best[1])
+        found.append(Difference(row, step, margin, margin < tolerance))
+    return found
+
+
+def require_equal(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    expected: Sequence[Sequence[int]],
+    got: Sequence[Sequence[int]],
+    what: str,
+) -> str:
+    """A sentence that says `what` is equal. Raises CheckFailed naming the first row and step that differ for no reason.
+
+    At most 1 % of the rows (one row of a small set) may be ties.
+    """
+    found = differences(model, prompts, expected, got)
+    wrong = [d for d in found if not d.is_tie]
+    if wrong:
+        d = wrong[0]
+        raise CheckFailed(
+            f"{what}: row {d.row} differs at output token {d.step} (expected {expected[d.row][d.step]}, got "
+            f"{got[d.row][d.step]}; the reference's two best logits are {d.margin:.2g} apart)"
+        )
+    if len(found) > max(1, MAX_TIE_SHARE * len(prompts)) and model.dtype == torch.float32:
+        raise CheckFailed(f"{what}: {len(found)} of {len(prompts)} rows part at near-ties, more than chance explains")
+    ties = f" ({len(found)} parted at a near-tie)" if found else ""
+    return f"{what}: the same tokens{ties}"
