@@ -31,15 +31,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from common.errors import CheckFailed, UserError
+from common.sweeps import parse_sweep, shown
 
 PRESETS = ("auto", "quick", "laptop", "course")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-MAX_SWEEP_POINTS = 10_000
-MAX_SWEEP_VALUE = 2**40
 DEFAULT_REPEATS, DEFAULT_WARMUP = 5, 1
 EXIT_CHECK_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
 
-_INTEGER = re.compile(r"(?:2\^([0-9]{1,3})|([0-9]{1,20}))\Z")
 # What the operating system refuses because of where the user pointed us, not because of a bug here.
 _ENVIRONMENT_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -90,6 +88,7 @@ def build_parser(
         "auto is course on a GPU and laptop on a CPU",
     )
     for name, help_text in (sweeps or {}).items():
+        help_text = help_text.replace("%", "%%")  # argparse formats help texts
         if name.endswith("s"):
             parser.add_argument(
                 name, type=_sweep, metavar="SWEEP", help=f"{help_text}: 1,2,4 or 128:2048:128 or 2^0..2^6"
@@ -132,62 +131,6 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
-def parse_sweep(text: str) -> list[int]:
-    """Sizes, strictly ascending: `1,2,4`, `128:2048:128` (the end included), `2^0..2^6` (every power of two).
-
-    Items may be mixed with commas (`1,2^3,16:64:16`). Raises UserError when it is empty, not ascending, has more than
-    10,000 points or a value outside 1..2^40.
-    """
-    values: list[int] = []
-    for item in text.split(","):
-        values += _sweep_item(item.strip(), text)
-        if len(values) > MAX_SWEEP_POINTS:
-            raise UserError(f"sweep {_shown(text)}: more than {MAX_SWEEP_POINTS:,} points")
-    for before, after in zip(values, values[1:]):
-        if after <= before:
-            raise UserError(f"sweep {_shown(text)}: {after} comes after {before}; give ascending sizes, each once")
-    return values
-
-
-def _sweep_item(item: str, text: str) -> Sequence[int]:
-    if not item:
-        raise UserError(f"sweep {_shown(text)}: an empty item; write 1,2,4 or 128:2048:128 or 2^0..2^6")
-    if ".." in item:
-        first, _, last = item.partition("..")
-        low, high = _size(first, text), _size(last, text)
-        if low & (low - 1) or high & (high - 1):
-            raise UserError(f"sweep {_shown(text)}: both ends of .. must be powers of two, as in 2^0..2^6")
-        values: Sequence[int] = [1 << e for e in range(low.bit_length() - 1, high.bit_length())]
-    elif ":" in item:
-        parts = item.split(":")
-        if len(parts) != 3:
-            raise UserError(f"sweep {_shown(text)}: a range is START:STOP:STEP, as in 128:2048:128")
-        start, stop, step = (_size(part, text) for part in parts)
-        values = range(start, stop + 1, step)  # not expanded before its length is checked
-    else:
-        values = [_size(item, text)]
-    if not values:
-        raise UserError(f"sweep {_shown(text)}: {_shown(item)} is descending; give ascending sizes")
-    if len(values) > MAX_SWEEP_POINTS:
-        raise UserError(f"sweep {_shown(text)}: more than {MAX_SWEEP_POINTS:,} points")
-    return values
-
-
-def _size(item: str, text: str) -> int:
-    match = _INTEGER.match(item.strip())
-    if not match:
-        raise UserError(f"sweep {_shown(text)}: {_shown(item)} is not a positive whole number or a power 2^N")
-    value = 1 << int(match[1]) if match[1] else int(match[2])
-    if not 1 <= value <= MAX_SWEEP_VALUE:
-        raise UserError(f"sweep {_shown(text)}: {_shown(item)} is outside 1..2^40")
-    return value
-
-
-def _shown(text: str) -> str:
-    """User text for an error line: quoted, and cut when it is long."""
-    return repr(text if len(text) <= 60 else text[:57] + "...")
-
-
 def _sweep(text: str) -> list[int]:
     try:
         return parse_sweep(text)
@@ -198,19 +141,19 @@ def _sweep(text: str) -> list[int]:
 def _one_size(text: str) -> int:
     values = _sweep(text)
     if len(values) != 1:
-        raise argparse.ArgumentTypeError(f"takes one number, not the sweep {_shown(text)}")
+        raise argparse.ArgumentTypeError(f"takes one number, not the sweep {shown(text)}")
     return values[0]
 
 
 def _natural(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,18}", text):
-        raise argparse.ArgumentTypeError(f"{_shown(text)} is not a whole number of 0 or more")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number of 0 or more")
     return int(text)
 
 
 def _positive(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{_shown(text)} is not a whole number of 1 or more")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number of 1 or more")
     return int(text)
 
 
@@ -222,7 +165,7 @@ def _nonempty(text: str) -> str:
 
 def _device(text: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", text):
-        raise argparse.ArgumentTypeError(f"{_shown(text)} is not auto, cpu, cuda or cuda:N")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not auto, cpu, cuda or cuda:N")
     return text
 
 
@@ -231,7 +174,7 @@ def _names_among(choices: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
         names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
         for name in names:
             if name not in choices:
-                raise argparse.ArgumentTypeError(f"{_shown(name)} is not one of {', '.join(choices)}")
+                raise argparse.ArgumentTypeError(f"{shown(name)} is not one of {', '.join(choices)}")
         return names
 
     return parse
@@ -258,8 +201,8 @@ def apply_preset(args: argparse.Namespace, presets: Mapping[str, Mapping[str, An
     for name, value in sizes.items():
         if name not in typed:
             setattr(args, name, list(value) if isinstance(value, (list, tuple, range)) else value)
-    shown = (f"{name.replace('_', '-')} {_sizes_text(getattr(args, name))}" for name in sorted(sizes))
-    print(f"preset {args.preset}: {'; '.join(shown)}")
+    parts = (f"{name.replace('_', '-')} {_sizes_text(getattr(args, name))}" for name in sorted(sizes))
+    print(f"preset {args.preset}: {'; '.join(parts)}")
     return typed
 
 
@@ -334,7 +277,7 @@ def _json_prompt(line: str, path: Path, number: int) -> str:
     if isinstance(value, dict):
         unknown = [key for key in value if key != "prompt"]
         if unknown:
-            raise UserError(f'{path} line {number}: unknown key {_shown(unknown[0])}; only "prompt" is read')
+            raise UserError(f'{path} line {number}: unknown key {shown(unknown[0])}; only "prompt" is read')
         value = value.get("prompt")
     if not isinstance(value, str) or not value.strip():
         raise UserError(f'{path} line {number}: no prompt; a line is "text" or {{"prompt": "text"}}')

@@ -21,7 +21,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from common.results import read_json, write_atomic
 
@@ -136,7 +136,7 @@ def log2_axis(ax: Axes, values: Sequence[float], axis: str = "x") -> None:
         powers = [2.0**e for e in range(math.ceil(math.log2(ticks[0])), math.floor(math.log2(ticks[-1])) + 1)]
         ticks = powers[:: math.ceil(len(powers) / MAX_TICKS)] or ticks[:1]
     which = ax.xaxis if axis == "x" else ax.yaxis
-    which.axes.set_xscale("log", base=2) if axis == "x" else which.axes.set_yscale("log", base=2)
+    (ax.set_xscale if axis == "x" else ax.set_yscale)("log", base=2)
     which.set_major_locator(FixedLocator(ticks))
     which.set_minor_locator(NullLocator())
     which.set_major_formatter(lambda value, _: size_label(value))
@@ -144,6 +144,19 @@ def log2_axis(ax: Axes, values: Sequence[float], axis: str = "x") -> None:
         low, high = min(v for v in values if v > 0), max(values)
         pad = 2.0 ** max(0.15, 0.04 * math.log2(high / low))
         ax.set_xlim(low / pad, high * pad)
+
+
+def log_axis(ax: Axes, axis: str = "y") -> None:
+    """A decimal log scale whose ticks read 0.1, 0.2, 0.5, 1 instead of powers of ten."""
+    which = ax.yaxis if axis == "y" else ax.xaxis
+    (ax.set_yscale if axis == "y" else ax.set_xscale)("log")
+    if axis == "y":
+        ax.margins(y=0.12)
+    low, high = sorted(ax.get_ylim() if axis == "y" else ax.get_xlim())
+    steps = (1.0, 2.0, 5.0) if high / low < 1e4 else (1.0,)
+    which.set_major_locator(LogLocator(base=10, subs=steps, numticks=30))
+    which.set_minor_locator(NullLocator())
+    which.set_major_formatter(lambda value, _: f"{value:,.6g}")
 
 
 def size_label(value: float) -> str:
@@ -160,7 +173,7 @@ def footer(*csv_paths: str | Path) -> str:
     for path in map(Path, csv_paths):
         record = read_json(path.with_suffix(".json")) or {}
         parts = [record.get("device_name"), record.get("model"), record.get("dtype"), record.get("preset")]
-        parts += [str(record.get("utc_time") or "")[:10]]
+        parts = [part for part in parts if part != "auto"] + [str(record.get("utc_time") or "")[:10]]
         text = " · ".join(str(part) for part in parts if part) or f"{path.name}, without provenance"
         if text not in texts:
             texts.append(text)

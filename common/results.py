@@ -19,7 +19,7 @@ import math
 import os
 import re
 import sys
-import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ SUSPECT = "suspect"  # the optional column of points that stayed above 105 % of 
 # Swept sizes are lists and are left out too: which points exist is what the rows themselves say.
 _NEUTRAL_OPTIONS = {"out", "resume", "no_plot", "debug", "compare", "dump_tokens", "interrupted", "preset"}
 # Fields that are recorded but may differ between two runs whose rows still belong in one file.
-_MAY_DIFFER = {"command", "utc_time", "git_commit", "clocks", "power_limit_w", "ceilings", "python", "options", "sizes"}
+_MAY_DIFFER = {"command", "utc_time", "git_commit", "clocks", "power_limit_w", "ceilings", "python", "options"}
 _HISTORY, _AT_CLOSE = "earlier_runs", "added_at_close"
 
 
@@ -81,15 +81,16 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))
-    value = _scalar(value)
+    if hasattr(value, "tolist"):  # an array, a tensor or a scalar of either
+        return _plain(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value).removeprefix("torch.")
 
 
 def _scalar(value: Any) -> Any:
     """A numpy or torch scalar as the Python number it holds."""
-    return value.item() if hasattr(value, "item") and getattr(value, "size", 1) != 0 else value
+    return value.item() if hasattr(value, "item") else value
 
 
 def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -98,7 +99,9 @@ def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
     def flat(record: Mapping[str, Any]) -> dict[str, Any]:
         skipped = _MAY_DIFFER | {_HISTORY, _AT_CLOSE} | set(record.get(_AT_CLOSE, ()))
         fields = {name: value for name, value in record.items() if name not in skipped}
-        fields |= {f"versions.{name}": version for name, version in (fields.pop("versions", None) or {}).items()}
+        for group in ("versions", "sizes"):
+            inside = fields.pop(group, None) or {}
+            fields |= {f"{group}.{name}": value for name, value in inside.items() if not isinstance(value, list)}
         for name, value in (record.get("options") or {}).items():
             if name not in _NEUTRAL_OPTIONS and not isinstance(value, list) and name not in fields:
                 fields[f"--{name.replace('_', '-')}"] = value
@@ -342,20 +345,13 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """The whole of `data` under `path`, or what was there before: never a part."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
     try:
-        with open(descriptor, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 would hide results from a group
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -163,13 +163,14 @@ def _measure(device: Any, dtypes: tuple[str, ...], *, quick: bool, record: Calla
     for kind, name, rate in memory:
         record(kind=kind, name=name, gb_per_s=rate)
     best = {kind: max(rate for k, _, rate in memory if k == kind) for kind in ("copy", "read")}
+    tflops = _compute(device, dtypes, quick=quick, record=record)
     return Ceilings(
         device_name=machine.machine_facts(str(device))["device_name"],
         device_type=device.type,
         copy_gb_per_s=best["copy"],
         read_gb_per_s=best["read"],
         cache_bytes=on.cache_bytes(device),
-        tflops=_compute(device, dtypes, quick=quick, record=record),
+        tflops=tflops,
         utc_time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
 
@@ -191,6 +192,7 @@ def _compute(
         sustained = on.sustained_product(device, dtype, name, shape, quick=quick)
         record(kind="sustained", name=name, dtype=dtype, **dict(zip("mnk", shape)), tflops=sustained)
         found[dtype] = {"burst": max(best, sustained), "sustained": sustained}
+    on.release(device)
     return found
 
 
@@ -235,35 +237,51 @@ def draw(csv_path: Path) -> Path:
 
     rows = results.read_rows(csv_path, COLUMNS)
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows if row["dtype"]))
+    memory = {kind: max((r["gb_per_s"] for r in rows if r["kind"] == kind), default=None) for kind in ("read", "copy")}
+    if not dtypes or None in memory.values():
+        raise UserError(f"{csv_path}: no memory or product rows to draw; measure again")
     fig, (roof, by_size) = plots.new_figure("What does this machine allow?", panels=2)
-    memory = {kind: max(r["gb_per_s"] for r in rows if r["kind"] == kind) for kind in ("read", "copy")}
+    _draw_roof(roof, rows, dtypes, max(memory.values()))
+    roof.set_title(f"roofline: memory {memory['read']:.4g} GB/s read, {memory['copy']:.4g} copied")
+    _draw_products(by_size, rows, dtypes)
+    by_size.set_title("square products by size")
+    return plots.save(fig, csv_path.with_suffix(".png"), plots.footer(csv_path))
+
+
+def _draw_roof(ax, rows: list[dict[str, Any]], dtypes: list[str], gb_per_s: float) -> None:
+    """Attainable TFLOP/s = min(peak, intensity x bandwidth), one roof a dtype; the ridge is where they meet."""
+    from common import plots
+
+    peaks = {dtype: max(row["tflops"] for row in rows if row["dtype"] == dtype) for dtype in dtypes}
     intensities = [2.0**e for e in range(-2, 13)]
+    for index, (dtype, peak) in enumerate(peaks.items()):
+        ridge, colour = peak * 1e3 / gb_per_s, plots.COLOURS[index % len(plots.COLOURS)]
+        xs = sorted([*intensities, ridge])
+        ax.plot(xs, [min(peak, x * gb_per_s / 1e3) for x in xs], color=colour, label=f"{dtype}: {peak:.3g} TFLOP/s")
+        ax.plot([ridge], [peak], "o", color=colour)
+        ax.annotate(f"ridge {ridge:.3g}", (ridge, peak), xytext=(8, -16), textcoords="offset points")
+    plots.log2_axis(ax, intensities)
+    plots.log_axis(ax)
+    ax.set(xlabel="arithmetic intensity (FLOP per byte)", ylabel="attainable TFLOP/s")
+
+
+def _draw_products(ax, rows: list[dict[str, Any]], dtypes: list[str]) -> None:
+    """The better layout at each size, and the sustained rate."""
+    from common import plots
+
+    squares = [row for row in rows if row["kind"] == "product" and row["m"] == row["n"] == row["k"]]
     for index, dtype in enumerate(dtypes):
         colour = plots.COLOURS[index % len(plots.COLOURS)]
-        products = [row for row in rows if row["kind"] == "product" and row["dtype"] == dtype]
-        peak = max(row["tflops"] for row in rows if row["dtype"] == dtype)
-        bandwidth = max(memory.values())
-        ridge = peak * 1e3 / bandwidth
-        xs = sorted([*intensities, ridge])
-        roof.plot(xs, [min(peak, x * bandwidth / 1e3) for x in xs], color=colour, label=f"{dtype}: {peak:.3g} TFLOP/s")
-        roof.plot([ridge], [peak], "o", color=colour)
-        roof.annotate(f"{ridge:.3g}", (ridge, peak), xytext=(0, 8), textcoords="offset points", ha="center")
-        squares = [row for row in products if row["m"] == row["n"] == row["k"]]
-        plots.band(by_size, [r["m"] for r in squares], [r["tflops"] for r in squares], None, None, dtype, color=colour)
-        sustained = [row["tflops"] for row in rows if row["kind"] == "sustained" and row["dtype"] == dtype]
-        if sustained:
-            by_size.axhline(
-                sustained[-1], color=colour, linestyle="--", label=f"{dtype} sustained: {sustained[-1]:.3g}"
-            )
-    roof.set_yscale("log")
-    plots.log2_axis(roof, intensities)
-    title = f"roofline: memory {memory['read']:.4g} GB/s read, {memory['copy']:.4g} copied"
-    roof.set(xlabel="arithmetic intensity (FLOP per byte); the ridge is labelled", ylabel="TFLOP/s", title=title)
-    plots.log2_axis(
-        by_size, [row["m"] for row in rows if row["kind"] == "product" and row["m"] == row["n"] == row["k"]]
-    )
-    by_size.set(xlabel="size of a square product", ylabel="TFLOP/s", title="products by size", yscale="log")
-    return plots.save(fig, csv_path.with_suffix(".png"), plots.footer(csv_path))
+        sizes = sorted({row["m"] for row in squares if row["dtype"] == dtype})
+        best = [max(r["tflops"] for r in squares if r["dtype"] == dtype and r["m"] == size) for size in sizes]
+        plots.band(ax, sizes, best, None, None, f"{dtype}, short runs", color=colour)
+        for row in rows:
+            if row["kind"] == "sustained" and row["dtype"] == dtype:
+                label = f"{dtype}, sustained: {row['tflops']:.3g}"
+                ax.axhline(row["tflops"], color=colour, linestyle="--", linewidth=1.5, label=label)
+    plots.log2_axis(ax, [row["m"] for row in squares])
+    plots.log_axis(ax)
+    ax.set(xlabel="n of an n x n by n x n product", ylabel="TFLOP/s")
 
 
 if __name__ == "__main__":
