@@ -110,12 +110,6 @@ def last_level_cache_bytes() -> int:
     return sum(size for (level, _), size in pieces.items() if level == last)
 
 
-def available_memory_bytes() -> int | None:
-    """Memory that can be had without swapping, where Linux tells."""
-    match = re.search(r"^MemAvailable:\s*([0-9]+) kB$", _read("/proc/meminfo"), re.MULTILINE)
-    return int(match[1]) << 10 if match else None
-
-
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that change figures, of those that are installed."""
     versions = {}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from common import machine, timing
+from common.memory import free_bytes
 
 Shape = tuple[int, int, int]  # m, n, k of [m, k] x [k, n]
 CPU_SIZES = tuple(2**e for e in range(9, 12))
@@ -38,14 +39,18 @@ def release(device: torch.device) -> None:
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
-def cpu_memory(*, quick: bool) -> list[tuple[str, str, float]]:
-    """(kind, operation, GB/s) with all of torch's threads. kind is "copy" (bytes read + written) or "read".
+def memory(device: torch.device, *, quick: bool) -> list[tuple[str, str, float]]:
+    """(kind, what moved the bytes, GB/s). kind is "copy" (bytes read + written) or "read"."""
+    return _gpu_memory(device, quick=quick) if device.type == "cuda" else _cpu_memory(quick=quick)
 
-    Which operation reaches the real bandwidth depends on how torch vectorises it, so several are tried. A cache line
-    that is written is fetched first on most CPUs; that fetch is not counted, so `copy` may lie below `read`.
+
+def _cpu_memory(*, quick: bool) -> list[tuple[str, str, float]]:
+    """With all of torch's threads. Which operation reaches the real bandwidth depends on how torch vectorises it, so
+    several are tried. A cache line that is written is fetched first on most CPUs; that fetch is not counted, so `copy`
+    may lie below `read`.
     """
     size = max(MIN_CPU_BUFFER_BYTES, 4 * machine.last_level_cache_bytes())
-    size = min(size, (machine.available_memory_bytes() or size * 8) // 8)
+    size = min(size, free_bytes(torch.device("cpu")) // 8)
     words = size // 4 // 4096 * 4096
     x, y = torch.ones(words), torch.ones(words)
     matrix, vector, half = x.view(-1, 4096), torch.ones(4096), words // 2
@@ -57,20 +62,18 @@ def cpu_memory(*, quick: bool) -> list[tuple[str, str, float]]:
         ("read", "mv"): (4 * words, lambda: torch.mv(matrix, vector)),
         ("read", "amax"): (4 * words, lambda: x.amax()),
     }
-    budget = 0.15 if quick else 0.4
+    budget = 0.1 if quick else 0.3
     return [(kind, name, moved / _best_cpu_seconds(fn, budget) / 1e9) for (kind, name), (moved, fn) in tries.items()]
 
 
-def gpu_memory(device: torch.device, *, quick: bool) -> list[tuple[str, str, float]]:
-    """(kind, kernel configuration, GB/s) of our own kernels in a CUDA graph.
-
-    The buffer is far above 4x L2: a cache that keeps part of a buffer from one pass to the next would flatter it.
+def _gpu_memory(device: torch.device, *, quick: bool) -> list[tuple[str, str, float]]:
+    """Our own kernels in a CUDA graph, each in several configurations. The buffer is far above 4x L2: a cache that
+    keeps part of a buffer from one pass to the next would flatter it.
     """
     from common.kernels import streaming
 
     with torch.cuda.device(device):
-        free, _ = torch.cuda.mem_get_info()
-        size = max(4 * cache_bytes(device), min(GPU_BUFFER_BYTES, free // 4))
+        size = max(4 * cache_bytes(device), min(GPU_BUFFER_BYTES, free_bytes(device) // 4))
         words = size // 4 // (2 * streaming.ALIGN_WORDS) * (2 * streaming.ALIGN_WORDS)
         buffer = torch.ones(words, dtype=torch.int32, device=device)
         src, dst = buffer[: words // 2], buffer[words // 2 :]
@@ -112,7 +115,7 @@ def products(device: torch.device, dtype: str, *, quick: bool) -> Iterator[tuple
     for name, (n, k) in LLAMA3_8B.items():
         if not quick or name in ("gate_up", "down"):
             shapes[f"llama3-8b {name}"] = (PROMPT_ROWS, n, k)
-    free, _ = torch.cuda.mem_get_info(device)
+    free = free_bytes(device)
     for index, (name, shape) in enumerate(shapes.items()):
         m, n, k = shape
         if index and 4 * (m * k + n * k + m * n) > free // 2:
