@@ -1,8 +1,9 @@
 """How much faster are many prompts together, when their lengths differ?
 
-The usual answer is to pad every prompt to the longest and to compute the padding too. Here the prompts' tokens are packed one
-after another with nothing between them, each attends over itself alone, and a decode step runs over one token a row. No
-work is done that a single prompt would not need. uniform_prefill.py has equal lengths; graph2.py draws both.
+The usual answer is to pad every prompt to the longest and to compute the padding too. Here the prompts' tokens are
+packed one after another with nothing between them, each attends over itself alone, and a decode step runs over one
+token a row. No work is done that a single prompt would not need. uniform_prefill.py has equal lengths; graph2.py draws
+both.
 
 Method: batch sizes 1, 2, 4, ...; prompt lengths drawn from U[n/2, 3n/2] with n = --input-length and a fixed seed,
 --output-lengths tokens out, greedy, end-of-text ignored. First a small batch is checked row by row against each prompt
@@ -30,7 +31,7 @@ PRESETS = {
 
 
 def generate(model, prompts, stop, times):
-    """Greedy tokens after each of `prompts`, of any lengths: one pass over all their tokens, then one a row and step."""
+    """Greedy tokens after each of `prompts`, of any lengths: one pass over all tokens, then one a row and step."""
     import torch
 
     from common.attention import Decode, Prefill

@@ -1,10 +1,9 @@
 """Draws no cache against cache: time over output length, and the speed-up.
 
-Reads no_kv_times.csv and single_batch_times.csv (whichever is there) from results/ or --out, with their provenance; nothing is
-measured. A generation with a cache takes a + b n for n tokens (one pass over the prompt, then equal steps), one without
-a + b n + c n^2; both are fitted and drawn, beside the time that reading weights and cache would take at the machine's
-measured bandwidth.
-Output: time_comparison.png.
+Reads no_kv_times.csv and single_batch_times.csv (whichever is there) from results/ or --out, with their provenance;
+nothing is measured. A generation with a cache takes a + b n for n tokens (one pass over the prompt, then equal steps),
+one without a + b n + c n^2; both are fitted and drawn, beside the time that reading weights and cache would take at the
+machine's measured bandwidth. Output: time_comparison.png.
 
     python assignment2/graph1.py
     python assignment2/graph1.py --out /tmp/run
@@ -22,7 +21,9 @@ REQUIRED = ("output_length", "time", "time_p10", "time_p90", "tokens_per_s")
 
 
 def fit(lengths, times, degree):
-    """Least-squares coefficients, constant first, of a polynomial through the measured times; None with too few points."""
+    """Least-squares coefficients, constant first, of a polynomial through the measured times; None with too few
+    points.
+    """
     import numpy as np
 
     if len(lengths) <= degree:
@@ -31,7 +32,7 @@ def fit(lengths, times, degree):
 
 
 def fit_label(name, coefficients):
-    """"no cache: 0.1 + 0.02 n + 1e-05 n^2 s"."""
+    """ "no cache: 0.1 + 0.02 n + 1e-05 n^2 s"."""
     powers = ("", " n", " n²")
     terms = " + ".join(f"{c:.2g}{power}" for c, power in zip(coefficients, powers)).replace("+ -", "- ")
     return f"{name}, fitted: {terms} s"
@@ -84,7 +85,9 @@ def draw_series(ax, rows, label, degree):
 
 
 def draw_floor(ax, folder, lengths):
-    """The memory-bandwidth floor of decoding: n - 1 steps, each reading the weights and the cache at the read ceiling."""
+    """The memory-bandwidth floor of decoding: n - 1 steps, each reading the weights and the cache at the read
+    ceiling.
+    """
     from common.plots import CEILING_COLOUR
     from common.results import read_json
 

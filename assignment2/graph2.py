@@ -1,8 +1,8 @@
 """Draws batches of equal prompts against batches of unequal ones: wall time and throughput over the batch size.
 
-Reads uniform_prefill.csv and different_prefill.csv (whichever is there) from results/ or --out, with their provenance; nothing
-is measured. The floor is the time that decoding would take if every step only read the weights and the rows' K and V at
-the machine's measured bandwidth: what keeps the curves away from it is arithmetic, above all the prefill.
+Reads uniform_prefill.csv and different_prefill.csv (whichever is there) from results/ or --out, with their provenance;
+nothing is measured. The floor is the time that decoding would take if every step only read the weights and the rows' K
+and V at the machine's measured bandwidth: what keeps the curves away from it is arithmetic, above all the prefill.
 Output: prefill_comparison.png.
 
     python assignment2/graph2.py
@@ -33,9 +33,8 @@ def draw(folder):
     folder = Path(folder)
     series = {name: read_rows(folder / name, REQUIRED) for name in FILES if (folder / name).exists()}
     if not any(series.values()):
-        raise UserError(
-            f"{folder}: neither {' nor '.join(FILES)}; run assignment2/uniform_prefill.py and different_prefill.py first"
-        )
+        files = " nor ".join(FILES)
+        raise UserError(f"{folder}: neither {files}; run assignment2/uniform_prefill.py and different_prefill.py first")
     fig, (left, right) = plots.new_figure("Batches of prompts: equal and unequal lengths", panels=2)
     sizes = set()
     for file_name, rows in series.items():

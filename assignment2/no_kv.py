@@ -1,8 +1,8 @@
 """What does generation cost without a KV cache?
 
-To get one more token, this decoder runs over the whole sequence again: the prompt and everything it has said so far. The
-work of a token grows with the length of the text, so the time of n tokens grows with n squared. single_batch.py does the
-same with a cache; graph1.py draws both.
+To get one more token, this decoder runs over the whole sequence again: the prompt and everything it has said so far.
+The work of a token grows with the length of the text, so the time of n tokens grows with n squared. single_batch.py
+does the same with a cache; graph1.py draws both.
 
 Method: one prompt, greedy, exactly as many tokens as asked (end-of-text is ignored). One generation passes through all
 the shorter lengths, so each repeat reads its clock at every length; --separate times every length on its own.

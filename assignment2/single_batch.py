@@ -1,11 +1,11 @@
 """What does a KV cache buy?
 
-The keys and values of earlier tokens never change, so they are computed once and kept. After the prompt has been read, each
-step runs over one token only: its cost is reading the weights (and the cache), not recomputing the text. no_kv.py is the
-same generation without the cache; graph1.py draws both.
+The keys and values of earlier tokens never change, so they are computed once and kept. After the prompt has been read,
+each step runs over one token only: its cost is reading the weights (and the cache), not recomputing the text. no_kv.py
+is the same generation without the cache; graph1.py draws both.
 
-Method: the same prompt and lengths as no_kv.py, greedy, exactly as many tokens as asked. If no_kv_times.json is there, the
-tokens are compared with its tokens. --compare hf measures Hugging Face's generate on the same weights in turn.
+Method: the same prompt and lengths as no_kv.py, greedy, exactly as many tokens as asked. If no_kv_times.json is there,
+the tokens are compared with its tokens. --compare hf measures Hugging Face's generate on the same weights in turn.
 Output: results/single_batch_times.csv (no_kv's columns, prefill_time) and .json; time_comparison.png.
 
     python assignment2/single_batch.py

@@ -1,13 +1,13 @@
 """How much faster are many prompts together, when all have the same length?
 
-Reading the weights is most of the cost of a decode step, and a step for many rows reads them once. So a batch is almost free
-until the arithmetic catches up. Here all prompts are equally long, and the batch is a rectangle; different_prefill.py has
-prompts of unequal lengths, and graph2.py draws both.
+Reading the weights is most of the cost of a decode step, and a step for many rows reads them once. So a batch is almost
+free until the arithmetic catches up. Here all prompts are equally long, and the batch is a rectangle;
+different_prefill.py has prompts of unequal lengths, and graph2.py draws both.
 
-Method: batch sizes 1, 2, 4, ...; prompts of --input-length tokens, --output-lengths tokens out, greedy, end-of-text ignored.
-First a small batch is checked row by row against each prompt alone. --padded also measures the padded form of the loop
-(for equal lengths it should cost nothing), --compare hf Hugging Face's generate, in turn.
-Output: results/uniform_prefill.csv (batch_size, time, ..., tokens_per_s), .json, and prefill_comparison.png.
+Method: batch sizes 1, 2, 4, ...; prompts of --input-length tokens, --output-lengths tokens out, greedy, end-of-text
+ignored. First a small batch is checked row by row against each prompt alone. --padded also measures the padded form of
+the loop (for equal lengths it should cost nothing), --compare hf Hugging Face's generate, in turn. Output:
+results/uniform_prefill.csv (batch_size, time, ..., tokens_per_s), .json, and prefill_comparison.png.
 
     python assignment2/uniform_prefill.py
     python assignment2/uniform_prefill.py --batch-sizes 1,8 --compare hf

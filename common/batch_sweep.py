@@ -59,7 +59,9 @@ def batches_that_fit(exp: Experiment, longest_prompt: int) -> list[int]:
     free = free_bytes(exp.model.device)
     limit = int(0.9 * free // row_bytes)
     if limit < 1:
-        raise UserError(f"--input-length: one row's KV cache takes {human_bytes(row_bytes)}; {human_bytes(free)} are free")
+        raise UserError(
+            f"--input-length: one row's KV cache takes {human_bytes(row_bytes)}; {human_bytes(free)} are free"
+        )
     what = f"what {human_bytes(free)} of free memory hold:"
     return cli.clip_sweep(exp.args.batch_sizes, limit, typed="batch_sizes" in exp.typed, what=what)
 

@@ -119,6 +119,16 @@ def build_parser(
     return parser
 
 
+def build_plot_parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options of a script that only draws: where the CSVs are and the picture goes, and --debug."""
+    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument(
+        "--out", type=_nonempty, metavar="DIR", help="folder of the CSVs (default: results/ beside the script)"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
 def _add_text_options(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", type=_nonempty, metavar="TEXT", help="answer this prompt")

@@ -1,7 +1,7 @@
-"""What every measuring script does before it measures: refuse bad input, settle the sizes, load the model, know the roof.
+"""What a measuring script does before it measures: refuse bad input, settle the sizes, load the model, know the roof.
 
-    exp = experiment.prepare(args, __file__, PRESETS)
-    exp.model, exp.tokenizer, exp.out, exp.ceilings, exp.provenance(...)
+exp = experiment.prepare(args, __file__, PRESETS)
+exp.model, exp.tokenizer, exp.out, exp.ceilings, exp.provenance(...)
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class LengthSweep:
 
 
 def lengths_that_fit(exp: Experiment) -> list[int]:
-    """The output lengths that the model's context has room for after the prompt; a typed one that has not is refused."""
+    """The output lengths that the context has room for after the prompt; a typed one that has not is refused."""
     if "output_lengths" in exp.typed:
         exp.check_context(exp.args.input_length, max(exp.args.output_lengths), "--output-lengths")
     context = exp.model.config.max_position_embeddings

@@ -1,7 +1,8 @@
 """The padded way to batch unequal prompts, kept beside the packed one to show what padding costs.
 
-Every prompt is filled up to the longest, so the prefill computes tokens that nobody asked for, and every decode step attends
-over as many slots as the longest row has, the surplus masked away after the work is done. The tokens are the same.
+Every prompt is filled up to the longest, so the prefill computes tokens that nobody asked for, and every decode step
+attends over as many slots as the longest row has, the surplus masked away after the work is done. The tokens are the
+same.
 """
 
 from __future__ import annotations

@@ -80,7 +80,6 @@ class HuggingFacePeer:
                 times.step()
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # nothing is stopped
 
-
         device, longest = self.model.device, max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)

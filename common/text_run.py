@@ -27,7 +27,9 @@ def answer(exp: Experiment, prompts: Sequence[str], output_len: int, run: Run) -
         exp.check_context(len(prompt), output_len, f"prompt {_shown(text)}")
     stop = StopRule(output_len, tokenizer.eos_token_ids, ignore_eos=bool(args.ignore_eos))
     start = time.perf_counter()
-    outputs = run(ids, stop, StepTimes(exp.model.device))  # may be several generations: the clock is read around them all
+    outputs = run(
+        ids, stop, StepTimes(exp.model.device)
+    )  # may be several generations: the clock is read around them all
     elapsed = time.perf_counter() - start
     for text, output in zip(prompts, outputs):
         print(f"\n> {_shown(text)}\n{tokenizer.decode(output).strip()}")
@@ -37,9 +39,7 @@ def answer(exp: Experiment, prompts: Sequence[str], output_len: int, run: Run) -
         dump_tokens(args.dump_tokens, ids, outputs, stop)
 
 
-def dump_tokens(
-    path: str, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], stop: StopRule
-) -> None:
+def dump_tokens(path: str, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], stop: StopRule) -> None:
     """Write one JSON line a request: request, prompt_token_ids, output_token_ids, finish_reason."""
     lines = [
         json.dumps(
