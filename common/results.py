@@ -313,7 +313,10 @@ def _split(data: bytes, path: Path) -> tuple[list[str], list[list[str]]]:
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text; measure again, or restore the file") from None
     lines = [line.removesuffix("\r") for line in text.split("\n")[:-1]]
-    table = [next(csv.reader([line]), []) for line in lines]
+    try:
+        table = [next(csv.reader([line]), []) for line in lines]
+    except csv.Error as error:
+        raise UserError(f"{path}: not a CSV ({error}); measure again, or restore the file") from None
     if not table:
         raise UserError(f"{path}: empty; measure again")
     header = table[0]

@@ -39,8 +39,8 @@ def percentile(samples: Sequence[float], percent: float) -> float:
     position = (len(ordered) - 1) * percent / 100
     low = int(position)
     high = min(low + 1, len(ordered) - 1)
-    # Written so that equal neighbours give exactly themselves.
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+    value = ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+    return min(value, ordered[high])  # rounding must not lift it above the larger neighbour
 
 
 def synchronize(device: Any) -> None:
