@@ -129,13 +129,14 @@ def _cache_path(device: Any) -> Path | None:
 def _load(path: Path | None) -> Ceilings | None:
     """What was measured here within the day, or None. Anything unreadable counts as nothing."""
     value = results.read_json(path) if path else None
-    if value is None or not 0 <= time.time() - value.pop("unix_time", 0) < MAX_AGE_S:
+    if value is None:
         return None
     try:
+        age_s = time.time() - value.pop("unix_time")
         known = Ceilings(**value)
         rates = [known.copy_gb_per_s, known.read_gb_per_s, *(r for d in known.tflops.values() for r in d.values())]
-        return known if all(rate > 0 for rate in rates) else None
-    except (TypeError, AttributeError):
+        return known if 0 <= age_s < MAX_AGE_S and all(rate > 0 for rate in rates) else None
+    except (KeyError, TypeError, AttributeError):
         return None
 
 
