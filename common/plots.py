@@ -90,7 +90,8 @@ def band(
     suspect: true where a point stayed above 105 % of its ceiling; its marker is hollow. kw goes to `Axes.plot`.
     """
     count = sum(1 for line in ax.lines if line.get_gid() == "series")
-    style = {"color": COLOURS[count % len(COLOURS)], "marker": MARKERS[count % len(MARKERS)]} | kw
+    style = {"color": COLOURS[count % len(COLOURS)], "marker": MARKERS[count % len(MARKERS)]}
+    style = style | {"linestyle": ("-", "--", ":")[count // len(COLOURS) % 3]} | kw
     y = [math.nan if value is None else value for value in mid]
     hollow = [bool(flag) for flag in suspect] if suspect is not None else [False] * len(y)
     solid = [index for index, flag in enumerate(hollow) if not flag]

@@ -107,12 +107,16 @@ def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
                 fields[f"--{name.replace('_', '-')}"] = value
         return fields
 
+    def shown(text: str) -> str:
+        return text if len(text) <= 60 else text[:57] + "..."
+
     was, now = flat(old), flat(new)
-    return [
-        f"{name}: {json.dumps(was.get(name))}, now {json.dumps(now.get(name))}"
-        for name in sorted(was.keys() | now.keys())
-        if json.dumps(was.get(name), sort_keys=True) != json.dumps(now.get(name), sort_keys=True)
-    ]
+    differing = []
+    for name in sorted(was.keys() | now.keys()):
+        before, after = (json.dumps(record.get(name), sort_keys=True) for record in (was, now))
+        if before != after:
+            differing.append(f"{name}: {shown(before)}, now {shown(after)}")
+    return differing
 
 
 # --- the file --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import cli
@@ -43,6 +43,7 @@ def items(draw):
     return f"2^{low}..2^{high}", [2**e for e in range(low, high + 1)]
 
 
+@settings(deadline=None)
 @given(st.lists(items(), min_size=1, max_size=4))
 def test_a_sweep_is_what_its_items_say_or_refused_for_its_order(parts):
     text = ",".join(part for part, _ in parts)
@@ -54,6 +55,7 @@ def test_a_sweep_is_what_its_items_say_or_refused_for_its_order(parts):
             cli.parse_sweep(text)
 
 
+@settings(deadline=None)
 @given(
     st.one_of(st.text(), st.text(alphabet="0123456789^.:,- 2x²٣"), st.from_regex(r"[0-9^:.,]{1,30}", fullmatch=True))
 )
@@ -185,6 +187,7 @@ prompt_texts = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(prompt_texts)
 def test_prompt_files_give_back_what_was_written(tmp_path_factory, texts):
     folder = tmp_path_factory.mktemp("prompts")

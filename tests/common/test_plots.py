@@ -137,12 +137,13 @@ def test_nothing_overlaps_or_is_cut_off(tmp_path, panels, series):
         assert ax.get_position().width * whole.width > 250, "the legend leaves the panel its room"
 
 
-def test_series_differ_in_colour_and_marker_and_gaps_are_gaps():
+def test_series_look_different_and_gaps_are_gaps():
     fig, ax = plots.new_figure("t")
-    for index in range(7):
+    for index in range(14):
         plots.band(ax, [1, 2, 4], [1.0, None, 3.0], [1.0, None, 2.0], [2.0, None, 4.0], str(index))
     lines = [line for line in ax.lines if line.get_gid() == "series"]
-    assert len({line.get_color() for line in lines}) == len({line.get_marker() for line in lines}) == 7
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}
+    assert len(looks) == 14 and len({look[0] for look in looks}) == len({look[1] for look in looks}) == 7
     assert math.isnan(lines[0].get_ydata()[1])
     fig.savefig(io.BytesIO(), format="png")
 

@@ -48,6 +48,7 @@ numbers = st.one_of(st.integers(-(2**63), 2**63), st.floats(allow_nan=False))
 points = st.lists(st.tuples(names, st.integers(0, 10**6), st.none() | numbers), min_size=1, max_size=6)
 
 
+@settings(deadline=None)
 @given(points)
 def test_rows_are_read_back_exactly(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("rows")
@@ -138,7 +139,7 @@ def test_a_kill_between_the_moves_loses_no_earlier_file(tmp_path, monkeypatch, k
 
 
 # --- resume ----------------------------------------------------------------------------------------------------------
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(points, st.data())
 def test_killed_at_any_byte_then_resumed_gives_the_file_of_an_undisturbed_run(tmp_path_factory, rows, data):
     rows = list({(backend, n): (backend, n, seconds) for backend, n, seconds in rows}.values())

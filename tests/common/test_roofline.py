@@ -13,7 +13,7 @@ import torch
 
 from common import cli, machine, results, roofline
 from common import roofline_measure as on
-from common.errors import UserError
+from common.errors import CheckFailed, UserError
 from common.roofline import Ceilings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,6 +150,16 @@ def test_gate(monkeypatch, figures, expected):
     assert asked == [True] * (len(figures) - 1)
     if asked:
         assert (after.read_gb_per_s, after.copy_gb_per_s) == (115.0, 4000.0), "the higher of both measurements"
+
+
+def test_suspect_rows_fail_the_script_on_a_gpu_and_are_noted_on_a_cpu(capsys):
+    rows = [{"suspect": None}, {"suspect": 1}, {}]
+    with pytest.raises(CheckFailed, match="1 of 3 points"):
+        roofline.report_suspects(rows, "cuda")
+    roofline.report_suspects(rows, "cpu")
+    assert capsys.readouterr().out.startswith("note: 1 of 3 points")
+    roofline.report_suspects([rows[0], rows[2]], "cuda")
+    assert capsys.readouterr().out == ""
 
 
 # --- what is counted -------------------------------------------------------------------------------------------------

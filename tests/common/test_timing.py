@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import timing
@@ -30,6 +30,7 @@ class Clock:
         return run
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1e-9, 1e6), min_size=1, max_size=30))
 def test_statistics_are_numpys(samples):
     timed = timing.summarise(samples)
