@@ -1,0 +1,185 @@
+"""Request sets: one fixed list of requests that every policy gets, by name or from a file. No torch.
+
+    handout     100 short prompts, U[1, 10] tokens in, U[1, 128] out
+    lognormal   100 long-tailed prompts, lognormal(6.0, 0.7) in, U[1, 512] out
+    mix         256 prompts of U[100, 1024], U[100, 1024] out: the load that engines are compared on
+    FILE.jsonl  JSON lines as vLLM's custom dataset has them: {"prompt": "...", "output_tokens": 64}
+    FILE.csv    an Azure LLM inference trace: TIMESTAMP, ContextTokens, GeneratedTokens
+
+Lengths and ids come from a seed, so two students, and two engines, get the same requests.
+"""
+
+import csv
+import json
+import random
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from common.errors import UserError
+from common.serving import InputRequest
+
+NAMES = ("handout", "lognormal", "mix")
+MIX_REQUESTS = 256
+MAX_RANDOM_ID = 10_000  # ids below this are ordinary words in every vocabulary that the lab knows
+AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+
+
+def sample_lognormal_ints(
+    count: int, mean: float = 6.0, sigma: float = 0.7, *, low: int = 1, high: int | None = None, seed: int = 0
+) -> list[int]:
+    """`count` whole numbers whose logarithm is normal(mean, sigma), at least `low`, at most `high` (if given)."""
+    draw = random.Random(seed)
+    values = (max(low, round(draw.lognormvariate(mean, sigma))) for _ in range(count))
+    return [v if high is None else min(v, high) for v in values]
+
+
+def random_prompt(draw: random.Random, length: int, vocab_size: int) -> list[int]:
+    top = min(MAX_RANDOM_ID, vocab_size)
+    return [draw.randrange(top) for _ in range(length)]
+
+
+def handout(count: int = 100, *, vocab_size: int = MAX_RANDOM_ID, seed: int = 0) -> list[InputRequest]:
+    """The set of continuous batching: input lengths U[1, 10], output lengths U[1, 128]."""
+    draw = random.Random(seed)
+    return [
+        InputRequest(
+            prompt_token_ids=random_prompt(draw, draw.randint(1, 10), vocab_size), output_len=draw.randint(1, 128)
+        )
+        for _ in range(count)
+    ]
+
+
+def lognormal(
+    count: int = 100, *, vocab_size: int = MAX_RANDOM_ID, seed: int = 0, max_prompt: int | None = None
+) -> list[InputRequest]:
+    """The set of chunked prefill: input lengths lognormal(6.0, 0.7) (at most `max_prompt`), output lengths U[1, 512]."""
+    draw = random.Random(seed)
+    lengths = sample_lognormal_ints(count, 6.0, 0.7, high=max_prompt, seed=seed)
+    return [
+        InputRequest(prompt_token_ids=random_prompt(draw, length, vocab_size), output_len=draw.randint(1, 512))
+        for length in lengths
+    ]
+
+
+def mix() -> list[InputRequest]:
+    """142,827 prompt and 133,966 output tokens: exactly these ids in every engine, whatever the seed of the run."""
+    draw = random.Random(0)
+    prompts = [[draw.randint(0, 10_000) for _ in range(draw.randint(100, 1024))] for _ in range(MIX_REQUESTS)]
+    output_lens = [draw.randint(100, 1024) for _ in range(MIX_REQUESTS)]
+    return [InputRequest(prompt_token_ids=p, output_len=n) for p, n in zip(prompts, output_lens)]
+
+
+def poisson_arrivals(requests: Sequence[InputRequest], rate: float, *, seed: int = 0) -> None:
+    """Set the arrival times of a Poisson process of `rate` requests a second, in the order of `requests`."""
+    if not rate > 0:
+        raise UserError(f"--rate must be above 0 requests per second, not {rate}")
+    draw = random.Random(seed)
+    time = 0.0
+    for request in requests:
+        time += draw.expovariate(rate)
+        request.arrival_time = time
+
+
+def load(
+    source: str,
+    *,
+    count: int | None = None,
+    vocab_size: int = MAX_RANDOM_ID,
+    seed: int = 0,
+    max_prompt: int | None = None,
+) -> list[InputRequest]:
+    """The set called `source` (one of NAMES) or in the file `source`; `count` takes that many (of a file, the first).
+
+    Raises UserError for an unknown name, an empty set, and a malformed line (with its number).
+    """
+    if count is not None and count < 1:
+        raise UserError(f"--num-requests must be at least 1, not {count}")
+    if source == "handout":
+        return handout(count or 100, vocab_size=vocab_size, seed=seed)
+    if source == "lognormal":
+        return lognormal(count or 100, vocab_size=vocab_size, seed=seed, max_prompt=max_prompt)
+    if source == "mix":
+        if vocab_size <= 10_000:
+            raise UserError(f"--requests mix has ids up to 10000, the model's vocabulary is {vocab_size}: take another set")
+        return mix()[:count]
+    path = Path(source)
+    if not path.is_file():
+        raise UserError(f"--requests {source}: neither a file nor one of {', '.join(NAMES)}")
+    if path.suffix == ".csv":
+        requests = read_azure_csv(path, vocab_size=vocab_size, seed=seed, count=count)
+    else:
+        requests = read_jsonl(path, count=count)
+    if not requests:
+        raise UserError(f"--requests {source}: no requests in it")
+    return requests
+
+
+def read_jsonl(path: Path, *, count: int | None = None) -> list[InputRequest]:
+    """vLLM's custom dataset: one JSON object a line with `prompt` and, if wanted, `output_tokens` (else 128)."""
+    requests: list[InputRequest] = []
+    for number, line in enumerate(_lines(path), 1):
+        if len(requests) == count:
+            break
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error})") from None
+        prompt = row.get("prompt") if isinstance(row, dict) else None
+        if not isinstance(prompt, str) or not prompt:
+            raise UserError(f'{path}, line {number}: want an object with "prompt", a text that is not empty')
+        output_len = row.get("output_tokens", 128)
+        if type(output_len) is not int or output_len < 1:
+            raise UserError(f'{path}, line {number}: "output_tokens" must be a whole number from 1, not {output_len!r}')
+        requests.append(InputRequest(input_str=prompt, output_len=output_len))
+    return requests
+
+
+def read_azure_csv(
+    path: Path, *, vocab_size: int = MAX_RANDOM_ID, seed: int = 0, count: int | None = None
+) -> list[InputRequest]:
+    """An Azure LLM inference trace. It has lengths and times only, so the ids are random; times start at the first row.
+
+    Source of the form: Azure/AzurePublicDataset, AzureLLMInferenceDataset2023 and 2024.
+    """
+    rows = csv.DictReader(_lines(path))
+    missing = [name for name in AZURE_COLUMNS if name not in (rows.fieldnames or [])]
+    if missing:
+        raise UserError(f"{path}: no column {', '.join(missing)}; an Azure trace has {', '.join(AZURE_COLUMNS)}")
+    draw = random.Random(seed)
+    requests: list[InputRequest] = []
+    first: float | None = None
+    for row in rows:
+        if len(requests) == count:
+            break
+        try:
+            time = _timestamp_s(row["TIMESTAMP"])
+            prompt_len, output_len = int(row["ContextTokens"]), int(row["GeneratedTokens"])
+            if prompt_len < 1 or output_len < 1:
+                raise ValueError(f"{prompt_len} context and {output_len} generated tokens; both must be at least 1")
+            first = time if first is None else first
+            if time < first:
+                raise ValueError("earlier than the first row")
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}, line {rows.line_num}: {error}") from None
+        prompt = random_prompt(draw, prompt_len, vocab_size)
+        requests.append(InputRequest(prompt_token_ids=prompt, output_len=output_len, arrival_time=time - first))
+    return requests
+
+
+def _timestamp_s(text: str) -> float:
+    """Seconds of "2023-11-16 18:15:46.6805900" (seven digits, perhaps a zone), which datetime cannot read alone."""
+    whole, _, rest = text.strip().partition(".")
+    fraction = rest[: len(rest) - len(rest.lstrip("0123456789"))]
+    seconds = (datetime.fromisoformat(whole[:19]) - datetime(1970, 1, 1)).total_seconds()
+    return seconds + (float("0." + fraction) if fraction else 0.0)
+
+
+def _lines(path: Path):
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason})") from None
