@@ -29,7 +29,7 @@ def pages_for(num_tokens: int, page_size: int) -> int:
 class PageAllocator:
     """Hands out page numbers 0 .. capacity - 1; O(1) for each page taken or given back.
 
-    The free list is a stack, so that the page given back last, whose lines are likeliest to be in cache, goes out first.
+    The free list is a stack: the page given back last, whose lines are likeliest to be in cache, goes out first.
     """
 
     def __init__(self, capacity: int, page_size: int):

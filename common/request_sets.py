@@ -53,7 +53,7 @@ def handout(count: int = 100, *, vocab_size: int = MAX_RANDOM_ID, seed: int = 0)
 def lognormal(
     count: int = 100, *, vocab_size: int = MAX_RANDOM_ID, seed: int = 0, max_prompt: int | None = None
 ) -> list[InputRequest]:
-    """The set of chunked prefill: input lengths lognormal(6.0, 0.7) (at most `max_prompt`), output lengths U[1, 512]."""
+    """The set of chunked prefill: lognormal(6.0, 0.7) in (at most `max_prompt`), U[1, 512] out."""
     draw = random.Random(seed)
     lengths = sample_lognormal_ints(count, 6.0, 0.7, high=max_prompt, seed=seed)
     return [
@@ -101,7 +101,7 @@ def load(
         return lognormal(count or 100, vocab_size=vocab_size, seed=seed, max_prompt=max_prompt)
     if source == "mix":
         if vocab_size <= 10_000:
-            raise UserError(f"--requests mix has ids up to 10000, the model's vocabulary is {vocab_size}: take another set")
+            raise UserError(f"--requests mix has ids up to 10000, the vocabulary has {vocab_size}: take another set")
         return mix()[:count]
     path = Path(source)
     if not path.is_file():

@@ -81,7 +81,8 @@ class Request:
         self.preemptions = 0
 
     def __repr__(self) -> str:
-        return f"Request({self.request_id}, {self.num_prompt_tokens} in, {self.num_output_tokens}/{self.output_len} out)"
+        out = f"{self.num_output_tokens}/{self.output_len}"
+        return f"Request({self.request_id}, {self.num_prompt_tokens} in, {out} out)"
 
     @property
     def prompt_token_ids(self) -> list[int]:
@@ -154,8 +155,8 @@ class Request:
 class Chunk(NamedTuple):
     """Tokens start .. start + length - 1 of a request: a piece of its prompt, or a decode (the one next token).
 
-    The token of a decode may be one that the step in flight samples: `start == len(request.tokens)` then, and the engine
-    takes it from where that step leaves it on the device.
+    The token of a decode may be one that the step in flight samples: `start >= len(request.tokens)` then, and the
+    engine takes it from where that step leaves it on the device (also when it was computed past the request's end).
     """
 
     request: Request

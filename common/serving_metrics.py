@@ -1,11 +1,11 @@
 """What is reported of a run of requests, as vLLM's serving benchmark defines it. No torch.
 
-    TTFT        first token - arrival
-    TPOT        (last token - first token) / (tokens - 1), a request; none where there is one token
-    ITL         the gaps between tokens, of all requests pooled
-    latency     last token - arrival
-    throughput  output tokens / (last end - first arrival)
-    goodput     requests a second inside the targets: TTFT <= slo_ttft and TPOT <= slo_tpot
+TTFT        first token - arrival
+TPOT        (last token - first token) / (tokens - 1), a request; none where there is one token
+ITL         the gaps between tokens, of all requests pooled
+latency     last token - arrival
+throughput  output tokens / (last end - first arrival)
+goodput     requests a second inside the targets: TTFT <= slo_ttft and TPOT <= slo_tpot
 """
 
 import math

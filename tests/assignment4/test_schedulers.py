@@ -1,0 +1,274 @@
+"""Random schedules of every policy on the checking engine: what comes out, and what holds at every step."""
+
+import random
+
+import pytest
+from checking_engine import CheckingEngine, tokens_alone
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from assignment4.Section1 import chunked_scheduler, continous_scheduler
+from common.errors import UserError
+from common.pages import pages_for
+from common.serving import InputRequest, InstantEngine, Request
+
+POLICIES = ("continuous", "chunked", "naive", "naive drop")
+
+
+def scheduler(policy, engine, size, **options):
+    if policy == "continuous":
+        return continous_scheduler.Scheduler(engine, size, **options)
+    if policy == "chunked":
+        return chunked_scheduler.Scheduler(engine, size, **options)
+    return continous_scheduler.NaiveScheduler(engine, size, drop_finished=policy == "naive drop", **options)
+
+
+def limits(policy, size):
+    return {"max_tokens": size} if policy == "chunked" else {"max_requests": size}
+
+
+request_lists = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, 996), min_size=1, max_size=25),  # prompt
+        st.integers(1, 20),  # output length
+        st.sampled_from([0.0, 0.0, 0.5, 3.0, 7.5, 40.0]),  # arrival
+        st.booleans(),  # ends by EOS too
+    ),
+    min_size=1,
+    max_size=12,
+)
+EOS = frozenset(range(0, 997, 9))
+
+
+def make(specs):
+    return [
+        Request(
+            InputRequest(prompt_token_ids=prompt, output_len=out, arrival_time=arrival, ignore_eos=not eos),
+            i,
+            eos_token_ids=EOS,
+        )
+        for i, (prompt, out, arrival, eos) in enumerate(specs)
+    ]
+
+
+def check_end(loop, engine, requests):
+    engine.assert_all_pages_free()
+    assert not engine.unread and loop.finished()
+    assert sorted(r.request_id for r in loop.completed) == [r.request_id for r in requests]
+    for r in requests:
+        if r.finish_reason == "refused":
+            assert r.output_token_ids == [] and r.refusal
+            assert pages_for(r.max_tokens, engine.page_size) > engine.pool.capacity
+            continue
+        eos = r.eos_token_ids
+        assert r.output_token_ids == tokens_alone(r.prompt_token_ids, r.output_len, eos)
+        assert r.finish_reason == ("eos" if r.output_token_ids[-1] in eos else "length")
+        assert len(r.token_times) == r.num_output_tokens and r.token_times == sorted(r.token_times)
+        assert r.token_times[0] >= r.arrival_time
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    policy=st.sampled_from(POLICIES),
+    specs=request_lists,
+    size=st.integers(1, 40),
+    page_size=st.integers(1, 9),
+    num_pages=st.integers(1, 30),
+)
+def test_any_schedule(policy, specs, size, page_size, num_pages):
+    engine = CheckingEngine(num_pages, page_size, **limits(policy, size))
+    requests = make(specs)
+
+    def each_step(loop):
+        taken = [page for r in requests if r.pages for page in r.pages.indices]
+        assert len(taken) == len(set(taken)) == num_pages - engine.num_free_pages  # none twice, none leaked
+        order = [(r.arrival_time, r.request_id) for r in [*loop.running, *loop.waiting]]
+        assert order == sorted(order)  # older ones are never behind newer ones
+        assert len(loop.in_flight) <= 1
+
+    loop = scheduler(policy, engine, size, on_step=each_step)
+    for r in requests:
+        loop.add_req(r)
+    loop.run()
+    check_end(loop, engine, requests)
+    check_holds(loop, size if policy != "chunked" else None)
+
+
+def check_holds(loop, slots):
+    """In no slot do two requests overlap by more than the step whose token is still to be read."""
+    by_slot = {}
+    for hold in loop.holds:
+        by_slot.setdefault(hold.slot, []).append(hold)
+        assert hold.start_s <= hold.finish_s <= hold.release_s
+    if slots is not None:
+        assert set(by_slot) <= set(range(slots + 1))
+    for holds in by_slot.values():
+        holds.sort(key=lambda h: h.start_s)
+        for before, after in zip(holds, holds[1:]):
+            assert after.start_s >= before.release_s - 2 * loop.engine.step_s
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_pools_that_force_preemption(policy):
+    draw = random.Random(3)
+    specs = [
+        ([draw.randrange(997) for _ in range(draw.randint(1, 30))], draw.randint(1, 40), 0.0, False) for _ in range(60)
+    ]
+    engine = CheckingEngine(18, 4, **limits(policy, 16))  # one request may take all but none of the pool
+    loop = scheduler(policy, engine, 16)
+    requests = [loop.add_req(r) for r in make(specs)]
+    loop.run()
+    check_end(loop, engine, requests)
+    preemptions = sum(r.preemptions for r in requests)
+    assert (preemptions > 0) == (policy in ("continuous", "chunked"))
+    entered = len(loop.holds)
+    assert entered == len([r for r in requests if r.finish_reason != "refused"]) + preemptions
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_one_that_never_fits_is_refused_by_name_and_the_others_finish(policy, capsys):
+    engine = CheckingEngine(4, 4)
+    loop = scheduler(policy, engine, 8)
+    fits = loop.add_req(InputRequest(prompt_token_ids=[1] * 10, output_len=7))  # 16 tokens: just
+    never = loop.add_req(InputRequest(prompt_token_ids=[1] * 10, output_len=8))  # 17
+    other = loop.add_req(InputRequest(prompt_token_ids=[2], output_len=3))
+    loop.run()
+    assert [r.finish_reason for r in (fits, never, other)] == ["length", "refused", "length"]
+    loop.print_completed()
+    out = capsys.readouterr().out
+    assert "request 1: refused: 17 tokens take 5 pages, and the pool has 4" in out
+    assert "request 2: 1 tokens in, 3 out (length)" in out
+
+
+def test_past_the_context_is_refused():
+    loop = scheduler("continuous", InstantEngine(100, 4, max_context=20), 4)
+    assert loop.add_req(InputRequest(prompt_token_ids=[1] * 15, output_len=6)).finish_reason is None
+    assert "context is 20" in loop.add_req(InputRequest(prompt_token_ids=[1] * 15, output_len=7)).refusal
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("size", [0, -2])
+def test_sizes_below_one(policy, size):
+    with pytest.raises(UserError, match=f"at least 1, not {size}"):
+        scheduler(policy, InstantEngine(4), size)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_starvation_under_hostile_arrivals(policy):
+    """A large request stands among a flood of small ones that never stops while it waits. A policy that fills gaps with
+    whoever fits would never let it in."""
+    engine = CheckingEngine(20, 4, **limits(policy, 8))
+    loop = scheduler(policy, engine, 8)
+    small = [loop.add_req(InputRequest(prompt_token_ids=[i % 50], output_len=9, arrival_time=0.0)) for i in range(8)]
+    large = loop.add_req(InputRequest(prompt_token_ids=[7] * 60, output_len=20, arrival_time=1.0))
+    # Two small ones a step, for ever longer than the machine can serve.
+    flood = [
+        loop.add_req(InputRequest(prompt_token_ids=[3], output_len=9, arrival_time=1.0 + i / 2)) for i in range(600)
+    ]
+    loop.run()
+    check_end(loop, engine, [*small, large, *flood])
+    first_entry = {}
+    for hold in sorted(loop.holds, key=lambda h: (h.start_s, h.slot)):
+        first_entry.setdefault(hold.request_id, hold.start_s)
+    served_before = [r for r in flood if first_entry[r.request_id] < first_entry[large.request_id]]
+    assert served_before == []
+    assert large.token_times[-1] < loop.iterations[-1].start_s / 2
+    entries = [first_entry[r.request_id] for r in [large, *flood]]
+    assert entries == sorted(entries)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_pages_come_back_after_an_exception_in_the_middle(policy, error):
+    engine = CheckingEngine(40, 4)
+
+    def stop(loop):
+        if len(loop.iterations) == 5:
+            raise error
+
+    loop = scheduler(policy, engine, 8, on_step=stop)
+    for i in range(20):
+        loop.add_req(InputRequest(prompt_token_ids=[i] * 9, output_len=12))
+    with pytest.raises(error):
+        loop.run()
+    engine.assert_all_pages_free()
+    assert not engine.unread
+
+
+def test_continuous_fills_a_slot_in_the_step_after_its_last_token():
+    """Requests of 1, 3, 3 tokens, two slots: what each step holds, written out by hand."""
+    engine = CheckingEngine(50, 4)
+    loop = scheduler("continuous", engine, 2)
+    for out in (1, 3, 3):
+        loop.add_req(InputRequest(prompt_token_ids=[1, 2], output_len=out))
+    loop.run()
+    steps = [[(c.request.request_id, c.start, c.length) for c in chunks] for chunks in engine.launched_chunks]
+    assert steps == [[(0, 0, 2), (1, 0, 2)], [(1, 2, 1), (2, 0, 2)], [(1, 3, 1), (2, 2, 1)], [(2, 3, 1)]]
+    assert [it.work.kind for it in loop.iterations] == ["prefill", "mixed", "decode", "decode"]
+    assert [it.start_s for it in loop.iterations] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_naive_runs_the_batch_until_its_longest_is_done(drop):
+    engine = CheckingEngine(50, 4)
+    loop = scheduler("naive drop" if drop else "naive", engine, 2)
+    for out in (1, 3, 2):
+        loop.add_req(InputRequest(prompt_token_ids=[1, 2], output_len=out))
+    loop.run()
+    steps = [[(c.request.request_id, c.start, c.length) for c in chunks] for chunks in engine.launched_chunks]
+    first = [[(0, 0, 2), (1, 0, 2)], [(0, 2, 1), (1, 2, 1)], [(0, 3, 1), (1, 3, 1)]]
+    if drop:
+        first = [[(0, 0, 2), (1, 0, 2)], [(1, 2, 1)], [(1, 3, 1)]]
+    assert steps == [*first, [(2, 0, 2)], [(2, 2, 1)]]
+    hold = next(h for h in loop.holds if h.request_id == 0)
+    assert (hold.finish_s, hold.release_s) == (1, 3)  # its slot stays taken
+
+
+def test_chunked_packs_decodes_first_and_cuts_prompts_at_the_budget():
+    engine = CheckingEngine(50, 4)
+    loop = scheduler("chunked", engine, 6)
+    for prompt, out in ((4, 3), (9, 2), (1, 1)):
+        loop.add_req(InputRequest(prompt_token_ids=[1] * prompt, output_len=out))
+    loop.run()
+    steps = [[(c.request.request_id, c.start, c.length) for c in chunks] for chunks in engine.launched_chunks]
+    assert steps == [[(0, 0, 4), (1, 0, 2)], [(0, 4, 1), (1, 2, 5)], [(0, 5, 1), (1, 7, 2), (2, 0, 1)], [(1, 9, 1)]]
+
+
+def test_a_token_computed_past_a_stop_is_dropped():
+    """The request ends by its first token, read after the step of its second was launched."""
+    prompt = [5, 6]
+    first = tokens_alone(prompt, 1)[0]
+    engine = CheckingEngine(50, 4)
+    loop = scheduler("continuous", engine, 2)
+    r = loop.add_req(
+        Request(InputRequest(prompt_token_ids=prompt, output_len=9, ignore_eos=False), 0, eos_token_ids={first})
+    )
+    loop.run()
+    assert r.output_token_ids == [first] and r.finish_reason == "eos" and len(engine.launched_chunks) == 2
+    engine.assert_all_pages_free()
+
+
+def test_stop_strings():
+    prompt = [5, 6]
+    outputs = tokens_alone(prompt, 6)
+    engine = CheckingEngine(50, 4)
+    loop = scheduler("continuous", engine, 2)
+    given_stop = InputRequest(prompt_token_ids=prompt, output_len=9, stop=[f"<{outputs[2]}><{outputs[3]}>"])
+    r = loop.add_req(Request(given_stop, 0, detokenize=lambda ids: "".join(f"<{i}>" for i in ids)))
+    loop.run()
+    assert r.output_token_ids == outputs[:4] and r.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_work_grows_with_tokens_only(policy):
+    """Ten times the requests: ten times the launches (a queue that is searched, or a list rebuilt, shows elsewhere: the
+    10,000 requests below)."""
+    launches = []
+    for count in (100, 1000):
+        engine = CheckingEngine(400, 16)
+        loop = scheduler(policy, engine, 64 if policy == "chunked" else 10)
+        for i in range(count):
+            loop.add_req(InputRequest(prompt_token_ids=[i % 90] * (1 + i % 10), output_len=1 + i * 37 % 128))
+        loop.run()
+        launches.append(len(loop.iterations))
+    assert launches[1] < 10.5 * launches[0]
