@@ -21,7 +21,7 @@ from common.serving import InputRequest
 
 NAMES = ("handout", "lognormal", "mix")
 MIX_REQUESTS = 256
-MAX_RANDOM_ID = 10_000  # ids below this are ordinary words in every vocabulary that the lab knows
+USED_VOCAB = 10_001  # ids 0 .. 10000, as in `mix`: in every vocabulary that the lab knows
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
@@ -35,11 +35,11 @@ def sample_lognormal_ints(
 
 
 def random_prompt(draw: random.Random, length: int, vocab_size: int) -> list[int]:
-    top = min(MAX_RANDOM_ID, vocab_size)
+    top = min(USED_VOCAB, vocab_size)
     return [draw.randrange(top) for _ in range(length)]
 
 
-def handout(count: int = 100, *, vocab_size: int = MAX_RANDOM_ID, seed: int = 0) -> list[InputRequest]:
+def handout(count: int = 100, *, vocab_size: int = USED_VOCAB, seed: int = 0) -> list[InputRequest]:
     """The set of continuous batching: input lengths U[1, 10], output lengths U[1, 128]."""
     draw = random.Random(seed)
     return [
@@ -51,7 +51,7 @@ def handout(count: int = 100, *, vocab_size: int = MAX_RANDOM_ID, seed: int = 0)
 
 
 def lognormal(
-    count: int = 100, *, vocab_size: int = MAX_RANDOM_ID, seed: int = 0, max_prompt: int | None = None
+    count: int = 100, *, vocab_size: int = USED_VOCAB, seed: int = 0, max_prompt: int | None = None
 ) -> list[InputRequest]:
     """The set of chunked prefill: lognormal(6.0, 0.7) in (at most `max_prompt`), U[1, 512] out."""
     draw = random.Random(seed)
@@ -85,7 +85,7 @@ def load(
     source: str,
     *,
     count: int | None = None,
-    vocab_size: int = MAX_RANDOM_ID,
+    vocab_size: int = USED_VOCAB,
     seed: int = 0,
     max_prompt: int | None = None,
 ) -> list[InputRequest]:
@@ -100,7 +100,7 @@ def load(
     if source == "lognormal":
         return lognormal(count or 100, vocab_size=vocab_size, seed=seed, max_prompt=max_prompt)
     if source == "mix":
-        if vocab_size <= 10_000:
+        if vocab_size < USED_VOCAB:
             raise UserError(f"--requests mix has ids up to 10000, the vocabulary has {vocab_size}: take another set")
         return mix()[:count]
     path = Path(source)
@@ -138,7 +138,7 @@ def read_jsonl(path: Path, *, count: int | None = None) -> list[InputRequest]:
 
 
 def read_azure_csv(
-    path: Path, *, vocab_size: int = MAX_RANDOM_ID, seed: int = 0, count: int | None = None
+    path: Path, *, vocab_size: int = USED_VOCAB, seed: int = 0, count: int | None = None
 ) -> list[InputRequest]:
     """An Azure LLM inference trace. It has lengths and times only, so the ids are random; times start at the first row.
 
