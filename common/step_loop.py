@@ -264,6 +264,7 @@ class StepLoop:
             if request.finish_reason is not None and not ended:
                 self.completed.append(request)
                 self._open_holds[request].finish_s = now
+                self._vacate(request)
         self.leave([r for r in self.running if r.finish_reason and not r.num_unread], now)
 
     def leave(self, ended: list[Request], now: float) -> None:
