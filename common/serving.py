@@ -44,7 +44,7 @@ class Request:
     """An InputRequest on its way: its tokens, how many are computed, its pages, its times, and why it ended.
 
     `eos_token_ids` end it unless the input says `ignore_eos`. `detokenize(ids) -> str` is needed for stop strings only.
-    `finish_reason`: None while it runs, then "length", "eos", "stop" (a stop string) or "refused" (why: `refusal`).
+    `finish_reason`: None while it runs, then "length", "stop" (EOS or a stop string) or "refused" (why: `refusal`).
     Times are seconds on the engine's clock, counted from the start of the run, as `arrival_time` is.
     """
 
@@ -128,9 +128,7 @@ class Request:
             return
         self.tokens.append(token)
         self.token_times.append(time)
-        if token in self.eos_token_ids:
-            self.finish_reason = "eos"
-        elif self.given.stop and self._ends_with_stop():
+        if token in self.eos_token_ids or self.given.stop and self._ends_with_stop():
             self.finish_reason = "stop"
         elif len(self.tokens) - self.num_prompt_tokens >= self.output_len:
             self.finish_reason = "length"
@@ -171,6 +169,37 @@ class Chunk(NamedTuple):
     def samples(self) -> bool:
         """Whether the step gives the request's next token: all tokens before it are computed then."""
         return self.start + self.length >= self.request.num_prefill
+
+
+@dataclass(slots=True)
+class Work:
+    """What a step computes, as far as its time depends on it."""
+
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    sampled_tokens: int = 0
+    context_tokens: int = 0  # K/V tokens that the decodes read
+    attended_pairs: int = 0  # query-key pairs of the prompt pieces
+
+    @classmethod
+    def of(cls, chunks: Sequence[Chunk]) -> "Work":
+        work = cls()
+        for chunk in chunks:
+            _, start, length = chunk
+            work.sampled_tokens += chunk.samples
+            if chunk.is_decode:
+                work.decode_tokens += 1
+                work.context_tokens += start + 1
+            else:
+                work.prefill_tokens += length
+                work.attended_pairs += length * start + length * (length + 1) // 2
+        return work
+
+    @property
+    def kind(self) -> str:
+        if self.prefill_tokens and self.decode_tokens:
+            return "mixed"
+        return "prefill" if self.prefill_tokens else "decode"
 
 
 class Step(Protocol):

@@ -36,28 +36,24 @@ def latency_s(request: Request) -> float:
     return request.token_times[-1] - request.arrival_time
 
 
-def percentiles(name: str, values: Iterable[float]) -> dict[str, float | str]:
-    """{name_p50_s, name_p90_s, name_p99_s}, interpolated linearly; empty strings (a CSV's "none") without values."""
+def percentiles(name: str, values: Iterable[float]) -> dict[str, float | None]:
+    """{name_p50_s, name_p90_s, name_p99_s}, interpolated linearly; None without values."""
     values = np.fromiter(values, dtype=np.float64)
-    return {f"{name}_p{p}_s": float(np.percentile(values, p)) if len(values) else "" for p in PERCENTILES}
+    return {f"{name}_p{p}_s": float(np.percentile(values, p)) if len(values) else None for p in PERCENTILES}
 
 
 def request_row(request: Request) -> dict:
-    """One line of *_requests.csv; times that do not exist (one token, or refused) are empty."""
-
-    def known(value):
-        return "" if value is None else value
-
+    """One line of *_requests.csv; times that do not exist (one token, or refused) are None."""
     answered = bool(request.token_times)
     return {
         "request": request.request_id,
         "arrival_s": request.arrival_time,
         "prompt_tokens": request.num_prompt_tokens,
         "output_tokens": request.num_output_tokens,
-        "ttft_s": ttft_s(request) if answered else "",
-        "tpot_s": known(tpot_s(request)),
-        "max_itl_s": known(max_itl_s(request)),
-        "latency_s": latency_s(request) if answered else "",
+        "ttft_s": ttft_s(request) if answered else None,
+        "tpot_s": tpot_s(request),
+        "max_itl_s": max_itl_s(request),
+        "latency_s": latency_s(request) if answered else None,
         "preemptions": request.preemptions,
         "finish_reason": request.finish_reason or "",
     }

@@ -11,43 +11,12 @@ has been read. A request that ends by its length is foreseen and costs nothing.
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from common.pages import pages_for
-from common.serving import Chunk, InputRequest, Request, Step, StepEngine
-
-
-@dataclass(slots=True)
-class Work:
-    """What a step computes, as far as its time depends on it."""
-
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
-    sampled_tokens: int = 0
-    context_tokens: int = 0  # K/V tokens that the decodes read
-    attended_pairs: int = 0  # query-key pairs of the prompt pieces
-
-    @classmethod
-    def of(cls, chunks: Sequence[Chunk]) -> "Work":
-        work = cls()
-        for chunk in chunks:
-            _, start, length = chunk
-            work.sampled_tokens += chunk.samples
-            if chunk.is_decode:
-                work.decode_tokens += 1
-                work.context_tokens += start + 1
-            else:
-                work.prefill_tokens += length
-                work.attended_pairs += length * start + length * (length + 1) // 2
-        return work
-
-    @property
-    def kind(self) -> str:
-        if self.prefill_tokens and self.decode_tokens:
-            return "mixed"
-        return "prefill" if self.prefill_tokens else "decode"
+from common.serving import Chunk, InputRequest, Request, Step, StepEngine, Work
 
 
 class Flight(NamedTuple):

@@ -64,7 +64,7 @@ def check_end(loop, engine, requests):
             continue
         eos = r.eos_token_ids
         assert r.output_token_ids == tokens_alone(r.prompt_token_ids, r.output_len, eos)
-        assert r.finish_reason == ("eos" if r.output_token_ids[-1] in eos else "length")
+        assert r.finish_reason == ("stop" if r.output_token_ids[-1] in eos else "length")
         assert len(r.token_times) == r.num_output_tokens and r.token_times == sorted(r.token_times)
         assert r.token_times[0] >= r.arrival_time
 
@@ -246,7 +246,7 @@ def test_a_token_computed_past_a_stop_is_dropped():
         Request(InputRequest(prompt_token_ids=prompt, output_len=9, ignore_eos=False), 0, eos_token_ids={first})
     )
     loop.run()
-    assert r.output_token_ids == [first] and r.finish_reason == "eos" and len(engine.launched_chunks) == 2
+    assert r.output_token_ids == [first] and r.finish_reason == "stop" and len(engine.launched_chunks) == 2
     engine.assert_all_pages_free()
 
 

@@ -57,7 +57,7 @@ def test_token_past_the_end_is_dropped():
     r.launched(1)
     r.launched(1)
     r.read(9, 1.0)
-    assert r.finish_reason == "eos" and r.num_unread == 1
+    assert r.finish_reason == "stop" and r.num_unread == 1
     r.read(5, 2.0)
     assert r.output_token_ids == [9] and r.token_times == [1.0] and r.num_unread == 0
 
