@@ -20,6 +20,7 @@ from common.errors import UserError
 from common.serving import InputRequest
 
 NAMES = ("handout", "lognormal", "mix")
+HELP = "handout, lognormal, mix, a .jsonl file (prompt, output_tokens) or an Azure LLM trace (.csv)"
 MIX_REQUESTS = 256
 USED_VOCAB = 10_001  # ids 0 .. 10000, as in `mix`: in every vocabulary that the lab knows
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")

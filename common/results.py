@@ -20,7 +20,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,18 +172,28 @@ class ResultFile:
 
     def append(self, **row: Any) -> None:
         """Write one row through to the disk. Every column must be given (None is empty), except `suspect`."""
+        self.extend([row])
+
+    def extend(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write rows that were measured together, as by `append` but through to the disk once for all of them."""
+        lines = [self._cells(row) for row in rows]
+        if not lines:
+            return
+        if self._csv is None:
+            self._start()
+        assert self._csv is not None
+        self._csv.write(b"".join(map(_csv_line, lines)))
+        self._csv.flush()
+        os.fsync(self._csv.fileno())
+        for cells in lines:
+            self._keep(cells)
+
+    def _cells(self, row: Mapping[str, Any]) -> list[str]:
         missing = [column for column in self.columns if column not in row and column != SUSPECT]
         unknown = [column for column in row if column not in self.columns]
         if missing or unknown:
             raise ValueError(f"{self.path.name}: row lacks {missing}, has unknown {unknown}")
-        cells = [_format(row.get(column)) for column in self.columns]
-        if self._csv is None:
-            self._start()
-        assert self._csv is not None
-        self._csv.write(_csv_line(cells))
-        self._csv.flush()
-        os.fsync(self._csv.fileno())
-        self._keep(cells)
+        return [_format(row.get(column)) for column in self.columns]
 
     def close(self, **more_provenance: Any) -> None:
         """Write the provenance again, with what is only known at the end. Without a new row nothing is touched."""

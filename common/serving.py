@@ -183,17 +183,17 @@ class Work:
 
     @classmethod
     def of(cls, chunks: Sequence[Chunk]) -> "Work":
-        work = cls()
-        for chunk in chunks:
-            _, start, length = chunk
-            work.sampled_tokens += chunk.samples
-            if chunk.is_decode:
-                work.decode_tokens += 1
-                work.context_tokens += start + 1
+        prefill = decodes = sampled = context = pairs = 0
+        for request, start, length in chunks:  # `Chunk.is_decode` and `samples`, written out: this runs for every token
+            prompt = request.num_prefill
+            if start >= prompt:
+                decodes += 1
+                context += start + 1
             else:
-                work.prefill_tokens += length
-                work.attended_pairs += length * start + length * (length + 1) // 2
-        return work
+                prefill += length
+                pairs += length * start + length * (length + 1) // 2
+                sampled += start + length >= prompt
+        return cls(prefill, decodes, decodes + sampled, context, pairs)
 
     @property
     def kind(self) -> str:
@@ -314,12 +314,12 @@ class InstantEngine:
     def launch(self, chunks: Sequence[Chunk]) -> InstantStep:
         reserve_pages(self.pool, chunks)
         tokens = {}
-        for chunk in chunks:
-            request, start, length = chunk
-            if chunk.samples:
-                position = start + length
-                before = self._last_token[request] if chunk.is_decode else request.tokens[position - 1]
-                tokens[request] = self._last_token[request] = (before * 48271 + position * 40692 + 11) % self.vocab
+        last_token = self._last_token
+        for request, start, length in chunks:
+            position = start + length
+            if position >= request.num_prefill:
+                before = last_token[request] if start >= request.num_prefill else request.tokens[position - 1]
+                tokens[request] = last_token[request] = (before * 48271 + position * 40692 + 11) % self.vocab
         self._device_free_s = max(self._now_s, self._device_free_s) + self.step_time_s(chunks)
         return InstantStep(self, self._device_free_s, tokens)
 

@@ -143,6 +143,10 @@ class StepLoop:
             heapq.heappush(self.arriving, (request.arrival_time, self._num_added, request))
         return request
 
+    @property
+    def num_outstanding(self) -> int:
+        return len(self.running) + len(self.waiting) + len(self.arriving)
+
     def finished(self) -> bool:
         return not (self.running or self.waiting or self.arriving or self.in_flight)
 

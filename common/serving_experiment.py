@@ -1,0 +1,303 @@
+"""What continous_main.py and chunked_main.py share: options, the machine under the schedulers, one run, its rows.
+
+The experiment itself (which policies, what is compared, what is drawn) stands in those scripts.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from common import cli, request_sets, results, simulate
+from common.config import SHAPES, ModelConfig
+from common.errors import CheckFailed, UserError
+from common.serving import InputRequest, Request, StepEngine
+from common.serving_files import Files, Policy, Run
+from common.serving_metrics import summarise
+from common.step_loop import StepLoop
+
+PROGRESS_INTERVAL_S = 0.2
+
+
+def add_options(parser: argparse.ArgumentParser, *, default_set: str) -> None:
+    """The options that both scripts have beside the shared ones."""
+    parser.add_argument("--requests", metavar="NAME|FILE", default=default_set, help=request_sets.HELP)
+    parser.add_argument(
+        "--num-requests", type=_at_least_one, metavar="N", help="how many of them (default: the preset's)"
+    )
+    parser.add_argument("--req-batch-size", type=_at_least_one, metavar="N", help="requests that run at once at most")
+    parser.add_argument(
+        "--rate", type=_positive_number, metavar="R", help="Poisson arrivals, R a second (else at once)"
+    )
+    parser.add_argument("--slo-ttft", type=_positive_number, metavar="S", help="target for the first token, in seconds")
+    parser.add_argument("--slo-tpot", type=_positive_number, metavar="S", help="target for a later token, in seconds")
+    parser.add_argument("--stop-at-eos", action="store_true", help="end at end-of-text (else by length alone)")
+    parser.add_argument("--dump-tokens", metavar="FILE", help="write the token ids of the last policy as JSON lines")
+    parser.add_argument(
+        "--page-size", type=_at_least_one, metavar="N", default=16, help="tokens a KV page (default: 16)"
+    )
+    parser.add_argument("--kv-pages", type=_at_least_one, metavar="N", help="KV pages (default: what memory allows)")
+    parser.add_argument(
+        "--simulate",
+        metavar="MACHINE[:SHAPE]",
+        help="step times from a roofline: h200, cpu2 or a roofline.json, :SHAPE",
+    )
+    parser.add_argument(
+        "--replicas", type=_at_least_one, metavar="N", default=1, help="simulated machines behind a router"
+    )
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) < 10**12:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def _positive_number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+# --- the machine -----------------------------------------------------------------------------------------------------
+@dataclass
+class Setup:
+    """What the schedulers run on. `facts` go into the provenance, `suffix` into the names of the files."""
+
+    engines: list[StepEngine]
+    config: ModelConfig
+    ceiling: simulate.StepModel
+    facts: dict
+    encode: Callable[[str], list[int]]
+    eos_token_ids: tuple[int, ...] = ()
+    suffix: str = ""
+    model: object = None  # for --compare
+    device_type: str = "cpu"
+
+
+def device_type(args: argparse.Namespace) -> str:
+    """What the preset is chosen by; a simulation costs next to nothing and has the course's sizes."""
+    if args.simulate:
+        return "cuda"
+    from common.checkpoint import pick_device
+
+    return pick_device(args.device).type
+
+
+def open_setup(args: argparse.Namespace, *, max_tokens: int | None) -> Setup:
+    """The real engine, or the simulated ones. `max_tokens`: the most that one step computes, None for whole prompts."""
+    if args.simulate:
+        return _open_simulated(args)
+    if args.replicas != 1:
+        raise UserError(f"--replicas {args.replicas} needs --simulate: one real machine serves as one replica")
+    return _open_real(args, max_tokens)
+
+
+def _open_simulated(args: argparse.Namespace) -> Setup:
+    machine, shape = simulate.parse(args.simulate)
+    config = SHAPES[shape]
+    model = simulate.StepModel(machine, config)
+    engines: list[StepEngine] = [
+        simulate.SimulatedEngine(model, num_pages=args.kv_pages, page_size=args.page_size) for _ in range(args.replicas)
+    ]
+    print(
+        f"simulated: {shape} in {machine.dtype} on {machine.name} ({machine.memory_gb_per_s:,.0f} GB/s, "
+        f"{machine.tflops:g} TFLOP/s, {machine.overhead_s * 1e6:,.0f} us a step), x{args.replicas}"
+    )
+    facts = {
+        "model": shape, "device": "cpu", "device_name": f"simulated {machine.name}", "dtype": machine.dtype,
+        "backend": "simulated", "shapes": config, "machine": machine, "page_size": args.page_size,
+        "kv_pages": engines[0].num_free_pages, "replicas": args.replicas,
+    }  # fmt: skip
+    # Without a tokenizer only the length of a text matters: about four characters a token.
+    return Setup(engines, config, model, facts, lambda text: [0] * max(1, len(text) // 4), suffix="_simulated")
+
+
+def _open_real(args: argparse.Namespace, max_tokens: int | None) -> Setup:
+    raise UserError("the engine is not here yet: use --simulate")
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
+def read_requests(args: argparse.Namespace, setup: Setup, **shape) -> list[InputRequest]:
+    """The one fixed set that every policy gets, with token ids, arrival times and targets checked.
+
+    `shape`: what a preset changes in a named set (request_sets.load). A text past the context is refused here, a length
+    in a trace only by the scheduler: a trace is not made for one model.
+    """
+    config = setup.config
+    requests = request_sets.load(
+        args.requests, count=args.num_requests, vocab_size=config.vocab_size, seed=args.seed, **shape
+    )
+    for number, request in enumerate(requests):
+        request.ignore_eos = not args.stop_at_eos
+        if request.prompt_token_ids is None:
+            request.prompt_token_ids = setup.encode(request.input_str)
+            total = len(request.prompt_token_ids) + request.output_len
+            if total > config.max_position_embeddings:
+                raise UserError(
+                    f"--requests {args.requests}: request {number} has {len(request.prompt_token_ids)} prompt and "
+                    f"{request.output_len} output tokens, the context is {config.max_position_embeddings}: shorten it"
+                )
+    if args.rate:
+        request_sets.poisson_arrivals(requests, args.rate, seed=args.seed)
+    prompt_tokens = sum(len(r.prompt_token_ids) for r in requests)
+    output_tokens = sum(r.output_len for r in requests)
+    arrivals = f"over {max(r.arrival_time for r in requests):.3g} s" if requests[-1].arrival_time else "at once"
+    print(
+        f"requests: {args.requests}, {len(requests)} of them, {prompt_tokens:,} tokens in, {output_tokens:,} out, "
+        f"arriving {arrivals}"
+    )
+    return requests
+
+
+# --- one run ---------------------------------------------------------------------------------------------------------
+def serve(policy: Policy, setup: Setup, given: Sequence[InputRequest], args: argparse.Namespace) -> Run:
+    """Serve the set once by one policy."""
+    requests = [Request(r, i, eos_token_ids=setup.eos_token_ids) for i, r in enumerate(given)]
+    progress = Progress(policy.label, len(requests))
+    loops = [policy.make_loop(engine, on_step=progress) for engine in setup.engines]
+    progress.begin(loops)
+    try:
+        if len(loops) == 1:
+            for request in requests:
+                loops[0].add_req(request)
+            loops[0].run()
+        else:
+            simulate.serve_replicas(loops, sorted(requests, key=lambda r: r.arrival_time))
+    finally:
+        progress.close()
+    if all(r.finish_reason == "refused" for r in requests):
+        raise UserError(f"no request can be served; the first: {requests[0].refusal}; raise --kv-pages or take others")
+    run = Run(policy, requests, loops)
+    run.summary = _summary(run, setup, args)
+    return run
+
+
+def serve_all(
+    policies: Sequence[Policy], setup: Setup, given: Sequence[InputRequest], args: argparse.Namespace, files: Files
+) -> list[Run]:
+    """Every policy `args.repeats` times, in turn, so that a machine that slows down slows all of them. The run of
+    median time is the one whose rows are written; the summary has the spread. What `--resume` finds is left out."""
+    todo = [policy for policy in policies if not files.has(policy)]
+    if args.warmup and todo and not args.simulate:
+        few = [replace(r, output_len=min(4, r.output_len), arrival_time=0.0) for r in given[:2]]
+        for policy in todo:
+            serve(policy, setup, few, args)
+    runs: list[list[Run]] = [[] for _ in todo]
+    chosen: list[Run] = []
+    for repeat in range(args.repeats):
+        for policy, mine in zip(todo, runs):
+            mine.append(serve(policy, setup, given, args))
+            if repeat == args.repeats - 1:
+                chosen.append(median_run(mine))
+                files.write(chosen[-1])
+    return chosen
+
+
+def median_run(runs: Sequence[Run]) -> Run:
+    times = [run.summary["time"] for run in runs]
+    run = runs[times.index(statistics.median_low(times))]
+    run.summary |= {"time_min": min(times), "time_max": max(times), "repeats": len(runs)}
+    return run
+
+
+def _summary(run: Run, setup: Setup, args: argparse.Namespace) -> dict:
+    iterations = [it for loop in run.loops for it in loop.iterations]
+    rows = sum(it.running for it in iterations)
+    busy_s = sum(it.time_us for it in iterations) / 1e6
+    summary = summarise(run.requests, slo_ttft=args.slo_ttft or math.inf, slo_tpot=args.slo_tpot or math.inf)
+    ceiling_s = max(sum(setup.ceiling.ceiling_s(it.work) for it in loop.iterations) for loop in run.loops)
+    ceiling = summary["output_tokens"] / ceiling_s
+    return {
+        "policy": run.policy.name, "token_budget": run.policy.token_budget, **summary,
+        # Time-weighted: rows of the steps, while steps ran.
+        "mean_running": sum(it.running * it.time_us for it in iterations) / 1e6 / busy_s,
+        "pages_peak": max(it.pages_used for it in iterations), "pages_total": run.loops[0].total_pages,
+        "iterations": len(iterations), "rows_computed": rows, "ceiling_tokens_per_s": ceiling,
+        "time_min": summary["time"], "time_max": summary["time"], "repeats": 1,
+        results.SUSPECT: int(summary["tokens_per_s"] > 1.05 * ceiling),
+    }  # fmt: skip
+
+
+class Progress:
+    """Requests done, tokens a second, pages free and ETA on stderr, where it is a terminal."""
+
+    def __init__(self, label: str, total: int):
+        self.label = label
+        self.total = total
+        self.bar = None
+        self.tokens = 0
+        self.next_s = 0.0
+
+    def begin(self, loops: Sequence[StepLoop]) -> None:
+        self.loops = loops
+        self.start_s = time.perf_counter()
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=self.total, desc=self.label, unit="req", leave=False)
+
+    def __call__(self, loop: StepLoop) -> None:
+        if self.bar is None:
+            return
+        self.tokens += loop.iterations[-1].work.sampled_tokens
+        now = time.perf_counter()
+        if now < self.next_s:
+            return
+        self.next_s = now + PROGRESS_INTERVAL_S
+        self.bar.n = sum(len(each.completed) for each in self.loops)
+        rate = self.tokens / max(1e-9, now - self.start_s)
+        self.bar.set_postfix_str(f"{rate:,.0f} tokens/s, {loop.engine.num_free_pages:,} pages free")
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+# --- afterwards ------------------------------------------------------------------------------------------------------
+def check_same_tokens(runs: Sequence[Run], dtype: str) -> None:
+    """Whatever the schedule, a request must give the same tokens. In float32 at most 1 % may differ (where two logits
+    are nearly equal, sums in another order decide); in half precision differences are counted and said."""
+    for run in runs[1:]:
+        pairs = list(zip(runs[0].requests, run.requests))
+        differ = sum(a.output_token_ids != b.output_token_ids for a, b in pairs)
+        names = f"{runs[0].policy.label} and {run.policy.label}"
+        print(f"tokens: {len(pairs) - differ} of {len(pairs)} requests equal under {names}")
+        if dtype == "float32" and differ > len(pairs) / 100:
+            raise CheckFailed(f"{differ} of {len(pairs)} requests gave other tokens under {names}")
+
+
+def dump_tokens(path: str, run: Run) -> None:
+    lines = [
+        json.dumps(
+            {
+                "request": r.request_id,
+                "prompt_token_ids": r.prompt_token_ids,
+                "output_token_ids": r.output_token_ids,
+                "finish_reason": r.finish_reason,
+            }
+        )
+        for r in run.requests
+    ]
+    try:
+        results.write_atomic(Path(path), ("\n".join(lines) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"--dump-tokens {path}: {error.strerror}") from None
+    cli.print_written(path)
+
+
+def say_refused(run: Run) -> None:
+    refused = [r for r in run.requests if r.finish_reason == "refused"]
+    for request in refused[:3]:
+        print(f"request {request.request_id} refused: {request.refusal}")
+    if len(refused) > 3:
+        print(f"... and {len(refused) - 3} more refused")

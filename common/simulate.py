@@ -1,0 +1,233 @@
+"""How long would a step take on a machine that is not here? A roofline, in place of the device, under real schedulers.
+
+    linears             weights read / memory speed against 2 * tokens * weights / compute speed, whichever is longer,
+                        with a soft corner between (below); the head works on the sampled rows only
+    decode attention    K/V of the real context lengths / memory speed
+    prefill attention   4 * query-key pairs * query heads * head_dim / compute speed
+    the rest            norms, rotary, activations: every tensor between the linears written once and read once
+    overhead            a fixed time a step, the one figure that is fitted (`fit_overhead`) to a measured run
+
+The corner. A product is near both limits at once where rows * 2 / element size is near compute / memory speed, and no
+kernel overlaps them perfectly: (bytes^1.5 + compute^1.5)^(1/1.5) at 90 % of the read speed. Of one Llama-3-8B layer's
+linears on an H200 (measured: 122, 123, 128, 130, 138, 170, 206 us at 1, 32, 64, 96, 128, 192, 256 rows) it is within
+14 % everywhere, of SmolLM2's step on two CPU cores (24, 29, 33, 99, 685 ms at 1, 4, 16, 64, 512 rows) within 15 %.
+
+Left out: CUDA graph capture, the growth of host work with the batch, clocks that fall under load, caches that hold
+small models, attention kernels that are slow on few long rows. Check it on your own run:
+
+    python -m common.simulate --simulate h200:llama3-8b --check assignment4/Section1/results/chunked_iterations.csv
+"""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from common import cli, results
+from common.config import SHAPES, ModelConfig
+from common.errors import UserError
+from common.serving import Chunk, InstantEngine, Work
+
+CORNER = 1.5
+MEMORY_EFFICIENCY = 0.9
+ELEMENT_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+KV_MEMORY_SHARE = 0.95
+WORK_COLUMNS = ("prefill_tokens", "decode_tokens", "sampled_tokens", "context_tokens", "attended_pairs")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a step's time depends on. GB and TFLOP are powers of ten."""
+
+    name: str
+    memory_gb_per_s: float  # read
+    tflops: float  # sustained, in `dtype`
+    dtype: str
+    memory_gb: float  # for weights and K/V
+    overhead_s: float
+
+    @property
+    def element_size(self) -> int:
+        return ELEMENT_SIZE[self.dtype]
+
+
+# Measured machines only. cpu2: two cores with AVX-512, oneDNN's prepacked weights.
+MACHINES = {
+    "h200": Machine("h200", 4590.0, 680.0, "bfloat16", 150.0, 300e-6),
+    "cpu2": Machine("cpu2", 26.0, 0.2, "float32", 8.0, 2e-3),
+}
+DEFAULT_SHAPE = {"h200": "llama3-8b", "cpu2": "smollm2-135m"}
+
+
+def parse(text: str) -> tuple[Machine, str]:
+    """ "MACHINE[:SHAPE]" -> the machine and the name of a shape. MACHINE: one of MACHINES, or a JSON file of ceilings
+    that `python -m common.roofline` wrote. Raises UserError naming what is unknown."""
+    source, _, shape = text.rpartition(":") if text.rpartition(":")[2] in SHAPES else (text, "", "")
+    if source in MACHINES:
+        machine = MACHINES[source]
+    elif Path(source).is_file():
+        machine = _machine_of_file(Path(source))
+    else:
+        raise UserError(
+            f"--simulate {text}: {source!r} is neither a file nor one of {', '.join(MACHINES)}, "
+            f"and a shape after a colon is one of {', '.join(SHAPES)}"
+        )
+    fallback = "llama3-8b" if machine.dtype != "float32" else "smollm2-135m"
+    return machine, shape or DEFAULT_SHAPE.get(source, fallback)
+
+
+def _machine_of_file(path: Path) -> Machine:
+    record = results.read_json(path) or {}
+    record = record.get("ceilings") or record
+    try:
+        on_gpu = record["device_type"] == "cuda"
+        dtype = "bfloat16" if on_gpu and "bfloat16" in record["tflops"] else next(iter(record["tflops"]))
+        rates = record["read_gb_per_s"], record["copy_gb_per_s"]
+        return Machine(
+            name=record["device_name"],
+            memory_gb_per_s=float(rates[0] if on_gpu else max(rates)),
+            tflops=float(record["tflops"][dtype]["sustained"]),
+            dtype=dtype,
+            memory_gb=80.0 if on_gpu else 8.0,
+            overhead_s=MACHINES["h200" if on_gpu else "cpu2"].overhead_s,
+        )
+    except (KeyError, TypeError, ValueError, StopIteration):
+        raise UserError(
+            f"--simulate {path}: no measured ceilings in it; write one with python -m common.roofline"
+        ) from None
+
+
+@dataclass(frozen=True)
+class StepModel:
+    """Seconds of a step of a model on a machine, from what the step computes."""
+
+    machine: Machine
+    config: ModelConfig
+
+    def time_s(self, work: Work) -> float:
+        m, c = self.machine, self.config
+        tokens = work.prefill_tokens + work.decode_tokens
+        read_speed = m.memory_gb_per_s * 1e9 * MEMORY_EFFICIENCY
+        compute_speed = m.tflops * 1e12
+        head_weights = c.hidden_size * c.vocab_size
+        layer_weights = c.num_linear_parameters - head_weights
+        time = m.overhead_s + corner(
+            layer_weights * m.element_size / read_speed, 2 * tokens * layer_weights / compute_speed
+        )
+        if work.sampled_tokens:
+            time += corner(
+                head_weights * m.element_size / read_speed, 2 * work.sampled_tokens * head_weights / compute_speed
+            )
+        time += work.context_tokens * c.kv_bytes_per_token(m.element_size) / read_speed
+        time += 4 * work.attended_pairs * c.q_size * c.num_hidden_layers / compute_speed
+        return time + tokens * activation_elements(c) * m.element_size / read_speed
+
+    def ceiling_s(self, work: Work) -> float:
+        """What the roofline allows at best: full speed, no overhead, memory and compute perfectly overlapped."""
+        m, c = self.machine, self.config
+        tokens = work.prefill_tokens + work.decode_tokens
+        head_weights = c.hidden_size * c.vocab_size
+        layer_weights = c.num_linear_parameters - head_weights
+        bytes_moved = (layer_weights + (head_weights if work.sampled_tokens else 0)) * m.element_size
+        bytes_moved += (work.context_tokens + tokens) * c.kv_bytes_per_token(m.element_size)
+        flops = 2 * (tokens * layer_weights + work.sampled_tokens * head_weights)
+        flops += 4 * (work.attended_pairs + work.context_tokens) * c.q_size * c.num_hidden_layers
+        return max(bytes_moved / (m.memory_gb_per_s * 1e9), flops / (m.tflops * 1e12))
+
+    def num_pages(self, page_size: int) -> int:
+        """Pages that 95 % of what the weights leave free can hold."""
+        m, c = self.machine, self.config
+        free = m.memory_gb * 1e9 - c.num_parameters * m.element_size
+        pages = int(KV_MEMORY_SHARE * free / (page_size * c.kv_bytes_per_token(m.element_size)))
+        if pages < 1:
+            raise UserError(f"--simulate: this shape's weights do not fit in {m.name}'s {m.memory_gb:g} GB")
+        return pages
+
+
+def corner(bytes_s: float, compute_s: float) -> float:
+    """Time of a product that takes `bytes_s` for its bytes alone and `compute_s` for its operations alone."""
+    return (bytes_s**CORNER + compute_s**CORNER) ** (1 / CORNER)
+
+
+def activation_elements(c: ModelConfig) -> int:
+    """Elements written and read between the linears, a token: two norms, two residual sums, qkv, attention, SiLU."""
+    layer = 8 * c.hidden_size + 2 * (c.q_size + 2 * c.kv_size) + 2 * c.q_size + 6 * c.intermediate_size
+    return layer * c.num_hidden_layers
+
+
+class SimulatedEngine(InstantEngine):
+    """Pages and tokens of the instant engine, and a clock that moves as the machine's would."""
+
+    def __init__(self, model: StepModel, *, num_pages: int | None = None, page_size: int = 16):
+        pages = num_pages or model.num_pages(page_size)
+        super().__init__(
+            pages, page_size, max_context=model.config.max_position_embeddings, vocab=model.config.vocab_size
+        )
+        self.model = model
+
+    def step_time_s(self, chunks: Sequence[Chunk]) -> float:
+        return self.model.time_s(Work.of(chunks))
+
+
+def serve_replicas(loops: Sequence, requests: Iterable) -> None:
+    """Serve `requests` (in order of arrival) by several schedulers, each with an engine and a clock of its own.
+
+    The router in front gives a request, when it arrives, to the replica with the fewest requests that have not ended.
+    """
+    outstanding = [0] * len(loops)
+    try:
+        for request in requests:
+            for i, loop in enumerate(loops):  # what each has done by then
+                while not loop.finished() and loop.now() < request.arrival_time:
+                    loop.step()
+                outstanding[i] = loop.num_outstanding
+            loops[outstanding.index(min(outstanding))].add_req(request)
+        for loop in loops:
+            while not loop.finished():
+                loop.step()
+    finally:
+        for loop in loops:
+            loop.close()
+
+
+# --- checking it against a measured run ------------------------------------------------------------------------------
+def read_work(path: Path) -> list[tuple[Work, float]]:
+    """(what it computed, its time in seconds) of each iteration in an *_iterations.csv."""
+    rows = results.read_rows(path, [*WORK_COLUMNS, "time_us"])
+    if not rows:
+        raise UserError(f"{path}: no iterations in it")
+    return [(Work(**{name: row[name] for name in WORK_COLUMNS}), row["time_us"] / 1e6) for row in rows]
+
+
+def fit_overhead(model: StepModel, measured: Sequence[tuple[Work, float]]) -> StepModel:
+    """The same model with the overhead at which the median error of a step is zero."""
+    without = replace(model, machine=replace(model.machine, overhead_s=0.0))
+    overhead = statistics.median(time - without.time_s(work) for work, time in measured)
+    return replace(model, machine=replace(model.machine, overhead_s=max(0.0, overhead)))
+
+
+def errors(model: StepModel, measured: Sequence[tuple[Work, float]]) -> tuple[float, float]:
+    """(median of a step's relative error without its sign, signed relative error of the total time)."""
+    simulated = [model.time_s(work) for work, _ in measured]
+    steps = statistics.median(abs(s / time - 1) for s, (_, time) in zip(simulated, measured))
+    return steps, sum(simulated) / sum(time for _, time in measured) - 1
+
+
+def main(args) -> None:
+    machine, shape = parse(args.simulate)
+    measured = read_work(Path(args.check))
+    # Fitted on every other step and checked on the rest: a figure that was fitted to itself would prove nothing.
+    model = fit_overhead(StepModel(machine, SHAPES[shape]), measured[::2])
+    steps, total = errors(model, measured[1::2] or measured)
+    print(f"{machine.name}, {shape}: fitted overhead {model.machine.overhead_s * 1e6:,.0f} us a step")
+    print(
+        f"steps not fitted to: median error {100 * steps:.1f} %; their total time {100 * total:+.1f} %. "
+        f"(within 15 % and 10 % is what the simulator is held to)"
+    )
+
+
+if __name__ == "__main__":
+    parser = cli.build_parser(__doc__, model=False)
+    parser.add_argument("--simulate", required=True, metavar="MACHINE[:SHAPE]", help="the machine of the measured run")
+    parser.add_argument("--check", required=True, metavar="CSV", help="an *_iterations.csv measured on it")
+    cli.run(main, parser)
