@@ -1,6 +1,6 @@
-"""Where keys and values live: `ContiguousKVCache` (a fixed piece of memory a row).
+"""Where keys and values live: `ContiguousKVCache` (a fixed piece of memory a row) and `DistKVPool` (shared pages).
 
-The paged pool joins it here; which page belongs to whom is bookkeeping without tensors and stands in common/pages.py.
+Which page belongs to whom is bookkeeping without tensors and stands in common/pages.py.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from common.config import ModelConfig
+from common.pages import PageAllocator
 
 
 class ContiguousKVCache:
@@ -35,3 +36,46 @@ class ContiguousKVCache:
             if length + count > self.max_len:
                 raise ValueError(f"KV cache row {row}: {length} + {count} tokens, but max_len is {self.max_len}")
         self.lengths = [length + count for length, count in zip(self.lengths, counts)]
+
+
+class DistKVPool(PageAllocator):
+    """A page allocator and the memory of its pages: one zero-filled tensor a layer.
+
+    layers[i]: [capacity + 1, 2, page_size, Hkv, d] ("NHD": token, head, dim), K before V. The page numbered `capacity`
+    belongs to nobody: rows that pad a CUDA graph's batch write there.
+    head_major: lay the memory out head before token (the shape stays as above). One head's tokens of a page then stand
+    together, and gathering pages gives the layout that a CPU streams best.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        *,
+        head_major: bool = False,
+    ) -> None:
+        super().__init__(capacity, page_size)
+        self.head_major = head_major
+        tokens_and_heads = (num_kv_heads, page_size) if head_major else (page_size, num_kv_heads)
+        shape = (capacity + 1, 2, *tokens_and_heads, head_dim)
+        stored = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.layers = [layer.transpose(2, 3) if head_major else layer for layer in stored]
+
+    @property
+    def scratch_page(self) -> int:
+        return self.capacity
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all pages that can be handed out."""
+        return sum(layer[:-1].nbytes for layer in self.layers)
+
+    @staticmethod
+    def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one page over all layers."""
+        return page_size * config.kv_bytes_per_token(dtype.itemsize)

@@ -1,0 +1,104 @@
+"""CUDA graphs for steps of decodes alone: one graph a batch bucket, replayed with new numbers in static buffers.
+
+A decode step of a small batch is some hundreds of short kernels; launched one by one, the CPU is slower than the GPU. A
+graph launches them all at once. Its shapes are fixed, so a batch runs in the next larger bucket: the rows that pad it
+write to the scratch page and their tokens are dropped.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from common.paged_batch import DeviceBatch, HostBatch
+
+if TYPE_CHECKING:
+    from common.engine import Engine
+
+
+def bucket_of(batch_size: int) -> int:
+    """The bucket that a batch runs in: at most 7 rows of padding up to 128, at most 15 above."""
+    if batch_size <= 2:
+        return batch_size
+    if batch_size <= 4:
+        return 4
+    step = 8 if batch_size <= 128 else 16
+    return -(-batch_size // step) * step
+
+
+class _Graph:
+    """One bucket: its static inputs, its captured step, its sampled ids."""
+
+    def __init__(self, engine: Engine, size: int, memory_pool: object) -> None:
+        device = engine.model.device
+        self.size = size
+        self.slots = torch.full((size,), engine.max_requests, dtype=torch.int32, device=device)
+        self.kv_lens = torch.ones(size, dtype=torch.int32, device=device)
+        self._engine = engine
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):  # kernels compile and libraries set themselves up outside the capture
+            for _ in range(2):
+                self._step()
+        torch.cuda.current_stream(device).wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=memory_pool):
+            self.ids = self._step()
+
+    def _step(self) -> torch.Tensor:
+        from common.paged_attention import TritonPagedAttend
+
+        engine = self._engine
+        arange = torch.arange(self.size + 1, dtype=torch.int32, device=self.slots.device)
+        batch = DeviceBatch(
+            slots=self.slots,
+            kv_lens=self.kv_lens,
+            q_indptr=arange,
+            positions=self.kv_lens - 1,
+            token_slots=self.slots,
+            prompt_tokens=arange[:0],
+            sampled_rows=arange[:-1],
+            last_tokens=arange[:-1],
+        )
+        attend = TritonPagedAttend(engine.model, engine.pool, self.size, batch, engine.page_table)
+        tokens = engine.last_token[self.slots]
+        ids = engine.model.logits(engine.model.forward(tokens, attend)).argmax(-1)
+        engine.last_token[self.slots] = ids
+        return ids
+
+
+class DecodeGraphs:
+    """The graphs of an engine by bucket, captured when first needed, or all of them by `capture`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._graphs: dict[int, _Graph] = {}
+        self._memory_pool = torch.cuda.graph_pool_handle()  # graphs replay one after another, so they share memory
+
+    def capture(self, max_batch_size: int) -> int:
+        """Capture every bucket up to the one of `max_batch_size`, largest first; returns how many there are."""
+        for size in sorted({bucket_of(n) for n in range(1, max_batch_size + 1)}, reverse=True):
+            self._graph(size)
+        return len(self._graphs)
+
+    def run(self, host: HostBatch, page_updates: list[np.ndarray]) -> torch.Tensor:
+        """Replay the bucket of a step of decodes with greedy sampling; returns the sampled ids [D] on the device."""
+        engine, count = self._engine, len(host.slots)
+        graph = self._graph(bucket_of(count))
+        padding = graph.size - count
+        slots = np.concatenate([host.slots, np.full(padding, engine.max_requests, np.int32)])
+        kv_lens = np.concatenate([host.kv_lens, np.ones(padding, np.int32)])
+        slots, kv_lens, lines, columns, pages = engine.upload([slots, kv_lens, *page_updates])
+        graph.slots.copy_(slots)
+        graph.kv_lens.copy_(kv_lens)
+        if len(lines):
+            engine.page_table[lines, columns] = pages
+        graph.graph.replay()
+        return graph.ids[:count]
+
+    def _graph(self, size: int) -> _Graph:
+        if size not in self._graphs:
+            self._graphs[size] = _Graph(self._engine, size, self._memory_pool)
+        return self._graphs[size]

@@ -1,0 +1,232 @@
+"""The engine: one packed step over paged KV for any mixture of prompt pieces and decodes.
+
+`launch(chunks)` takes pages, sends the step's index arrays, enqueues forward pass and sampling, and returns without
+waiting; `Step.tokens()` waits. The tokens that a step samples stay on the device, in a line per request, where the next
+step's decodes take them from: so a scheduler launches step k + 1 before it reads step k. Steps of decodes alone run in
+CUDA graphs on a GPU (common/decode_graphs.py). The schedulers and the plain loop of the pipeline script drive it
+through `common.serving.StepEngine`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from common.decode_graphs import DecodeGraphs
+from common.errors import UserError
+from common.kv_cache import DistKVPool
+from common.llama import Llama
+from common.memory import free_bytes, human_bytes
+from common.paged_backends import Backend, make_attend, pick_backend
+from common.paged_batch import DeviceBatch, HostBatch, Upload
+from common.pages import pages_for
+from common.sampling import sample
+from common.serving import Chunk, Request, release_pages, reserve_pages
+
+CPU_KV_SHARE = 0.25  # of free memory, where --kv-memory is not given: a laptop has other things to do
+
+
+class EngineStep:
+    """A launched step. The sampled ids are on their way to the host; `tokens()` waits for them once."""
+
+    def __init__(self, requests: Sequence[Request], sampled: torch.Tensor, done: torch.cuda.Event | None) -> None:
+        self._requests, self._sampled, self._done = requests, sampled, done
+
+    def tokens(self) -> dict[Request, int]:
+        """The next token of each request whose chunk samples."""
+        if self._done is not None:
+            self._done.synchronize()
+            self._done = None
+        return dict(zip(self._requests, self._sampled.tolist()))
+
+
+class Engine:
+    """Implements `StepEngine` over a model.
+
+    backend: "auto", "torch", "triton" or "flashinfer". num_pages: the pool's size, or None for a share `kv_memory` of
+    what is free after the weights and a trial of the largest step (`max_step_tokens`). max_requests: requests that may
+    hold pages at one time. graphs: run steps of decodes alone in CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        *,
+        backend: str = "auto",
+        page_size: int = 16,
+        num_pages: int | None = None,
+        kv_memory: float | None = None,
+        max_requests: int = 512,
+        max_step_tokens: int = 2048,
+        graphs: bool = True,
+    ) -> None:
+        if not 1 <= page_size <= 256:
+            raise UserError(f"--page-size {page_size}: use 1 to 256 tokens a page")
+        self.model, self.page_size = model, page_size
+        self.backend: Backend = pick_backend(backend, model)
+        self.max_context = model.config.max_position_embeddings
+        self.max_requests = max_requests
+        if num_pages is None:
+            num_pages = self._pages_that_fit(kv_memory, max_step_tokens)
+        self._check_fits(num_pages)
+        c = model.config
+        self.pool = DistKVPool(
+            c.num_hidden_layers,
+            c.num_key_value_heads,
+            c.head_dim,
+            num_pages,
+            page_size,
+            model.dtype,
+            model.device,
+            head_major=self.backend.head_major,
+        )
+        # One more line than there are requests: rows that pad a graph's batch use it, and it leads to the scratch page.
+        max_pages = pages_for(self.max_context, page_size)
+        shape = (max_requests + 1, max_pages)
+        self.page_table = torch.full(shape, self.pool.scratch_page, dtype=torch.int32, device=model.device)
+        self.last_token = torch.zeros(max_requests + 1, dtype=torch.int64, device=model.device)
+        self._free_slots = list(range(max_requests - 1, -1, -1))
+        self._slots: dict[Request, int] = {}
+        self._known_pages: dict[Request, int] = {}  # how many of a request's pages the device's table has
+        self._upload = Upload(model.device)
+        self._start = time.perf_counter()
+        self.graphs = DecodeGraphs(self) if graphs and self.backend.captures else None
+
+    # --- what a scheduler asks ---------------------------------------------------------------------------------------
+    @property
+    def num_free_pages(self) -> int:
+        return self.pool.num_free_pages
+
+    def now(self) -> float:
+        return time.perf_counter() - self._start
+
+    def wait_until(self, when: float) -> None:
+        time.sleep(max(0.0, when - self.now()))
+
+    @torch.inference_mode()
+    def launch(self, chunks: Sequence[Chunk]) -> EngineStep:
+        """Take pages, enqueue forward and sampling, return at once. OutOfPages leaves everything as it was."""
+        fresh = [chunk.request for chunk in chunks if chunk.request not in self._slots]
+        if len(fresh) > len(self._free_slots):
+            raise UserError(f"more than {self.max_requests} requests hold pages at one time; raise max_requests")
+        reserve_pages(self.pool, chunks)
+        for request in fresh:
+            self._slots[request] = self._free_slots.pop()
+        host = HostBatch.of(chunks, [self._slots[chunk.request] for chunk in chunks])
+        sampled_chunks = [chunk for chunk in chunks if chunk.samples]
+        greedy = all(chunk.request.sampling.is_greedy for chunk in sampled_chunks)
+        page_updates = self._new_pages(chunks)
+        if self.graphs is not None and host.num_decodes == len(chunks) and greedy:
+            ids = self.graphs.run(host, page_updates)
+        else:
+            ids = self._run(chunks, host, page_updates, sampled_chunks)
+        return self._to_host([chunk.request for chunk in sampled_chunks], ids)
+
+    def release(self, request: Request) -> None:
+        """Give the request's pages and its line back; only when no launched step can touch them."""
+        release_pages(request)
+        self._known_pages.pop(request, None)
+        slot = self._slots.pop(request, None)
+        if slot is not None:
+            self._free_slots.append(slot)
+
+    def upload(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """int32 arrays on the device, as one copy that the host does not wait for."""
+        return self._upload.send(arrays)
+
+    # --- one step ----------------------------------------------------------------------------------------------------
+    def _run(
+        self,
+        chunks: Sequence[Chunk],
+        host: HostBatch,
+        page_updates: list[np.ndarray],
+        sampled_chunks: Sequence[Chunk],
+    ) -> torch.Tensor:
+        """The step as it stands, kernel by kernel; returns the sampled ids on the device."""
+        batch, (lines, columns, pages) = DeviceBatch.of(host, self._upload, page_updates)
+        self.page_table[lines, columns] = pages
+        page_lists = [chunk.request.pages.indices for chunk in chunks]
+        attend = make_attend(self.backend, self.model, self.pool, host, batch, self.page_table, page_lists)
+        decode_tokens = self.last_token[batch.slots[: host.num_decodes]]
+        tokens = torch.cat((decode_tokens, batch.prompt_tokens.long()))
+        if not sampled_chunks:
+            hidden = self.model.forward(tokens, attend, batch.last_tokens)
+            return hidden.new_empty(0, dtype=torch.int64)
+        logits = self.model.logits(self.model.forward(tokens, attend, batch.last_tokens))
+        params = [chunk.request.sampling for chunk in sampled_chunks]
+        ids = sample(logits, params, [chunk.start + chunk.length for chunk in sampled_chunks])
+        self.last_token[batch.slots[batch.sampled_rows]] = ids
+        return ids
+
+    def _new_pages(self, chunks: Sequence[Chunk]) -> list[np.ndarray]:
+        """Entries that the device's page table lacks, as (line, column, page) arrays."""
+        lines: list[int] = []
+        columns: list[int] = []
+        pages: list[int] = []
+        for request, _, _ in chunks:
+            indices = request.pages.indices
+            known = self._known_pages.get(request, 0)
+            if known < len(indices):
+                lines += [self._slots[request]] * (len(indices) - known)
+                columns += range(known, len(indices))
+                pages += indices[known:]
+                self._known_pages[request] = len(indices)
+        return [np.array(part, dtype=np.int32) for part in (lines, columns, pages)]
+
+    def _to_host(self, requests: Sequence[Request], ids: torch.Tensor) -> EngineStep:
+        if self.model.device.type == "cpu":
+            return EngineStep(requests, ids, None)
+        copy = torch.empty(len(ids), dtype=torch.int64, pin_memory=True)
+        copy.copy_(ids, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return EngineStep(requests, copy, done)
+
+    # --- memory ------------------------------------------------------------------------------------------------------
+    def _pages_that_fit(self, share: float | None, max_step_tokens: int) -> int:
+        """Pages in a share of what is free beside the largest step's own memory; never more than could be used."""
+        device = self.model.device
+        needed_by_a_step = 0
+        if device.type == "cuda":
+            needed_by_a_step = self._trial_bytes(max_step_tokens)
+            share = 0.95 if share is None else share
+        else:
+            share = CPU_KV_SHARE if share is None else share
+        budget = (free_bytes(device) - needed_by_a_step) * share
+        page = DistKVPool.page_bytes(self.model.config, self.page_size, self.model.dtype)
+        useful = self.max_requests * pages_for(self.max_context, self.page_size)
+        return min(int(budget // page), useful)
+
+    @torch.inference_mode()
+    def _trial_bytes(self, num_tokens: int) -> int:
+        """Memory that a step of `num_tokens` takes beside weights and KV: its largest moment, measured."""
+        device = self.model.device
+        width = self.model.config.q_size
+        num_tokens = min(num_tokens, self.max_context)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        tokens = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+        rows = torch.arange(min(num_tokens, self.max_requests), device=device)
+        hidden = self.model.forward(tokens, lambda layer, qkv: qkv[:, :width].clone(), rows)
+        self.model.logits(hidden)
+        return torch.cuda.max_memory_allocated(device) - before
+
+    def _check_fits(self, num_pages: int) -> None:
+        page = DistKVPool.page_bytes(self.model.config, self.page_size, self.model.dtype)
+        free = free_bytes(self.model.device)
+        if num_pages < 1 or num_pages * page > free:
+            raise UserError(
+                f"--kv-pages: {max(num_pages, 1)} pages of {self.page_size} tokens take "
+                f"{human_bytes(max(num_pages, 1) * page)}; {human_bytes(free)} are free"
+            )
+
+    def describe_pool(self) -> str:
+        """The pool in pages, tokens and bytes, for printing."""
+        tokens = self.pool.capacity * self.page_size
+        return (
+            f"KV pool: {self.pool.capacity:,} pages of {self.page_size} tokens = {tokens:,} tokens, "
+            f"{human_bytes(self.pool.num_bytes)}; attention: {self.backend.name} ({self.backend.reason})"
+        )
