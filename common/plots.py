@@ -94,9 +94,8 @@ def band(
     style = style | {"linestyle": ("-", "--", ":")[count // len(COLOURS) % 3]} | kw
     y = [math.nan if value is None else value for value in mid]
     hollow = [bool(flag) for flag in suspect] if suspect is not None else [False] * len(y)
-    solid = [index for index, flag in enumerate(hollow) if not flag]
-    (line,) = ax.plot(xs, y, label=label, markevery=solid, gid="series", **style)
-    if any(hollow):
+    (line,) = ax.plot(xs, y, label=label, gid="series", **style)
+    if any(hollow):  # white-faced markers over the filled ones
         ax.plot(
             [x for x, flag in zip(xs, hollow) if flag],
             [value for value, flag in zip(y, hollow) if flag],
