@@ -91,6 +91,18 @@ def test_logits_equal_hugging_face(name, tmp_path):
     assert (packed_logits(ours, prompts, rows) - expected[rows]).abs().max() < TOLERANCE
 
 
+def test_prompts_longer_than_a_cpu_tile(tmp_path):
+    """Long prompts go tile by tile on a CPU: lengths at, around and between the tiles' edges."""
+    hf = save_hf(dataclasses.replace(BASE, max_position_embeddings=512), tmp_path, seed=3)
+    ours = load_ours(tmp_path)
+    rng = random.Random(3)
+    for lengths in ([128, 129], [256, 257, 5], [391]):
+        prompts = [[rng.randrange(BASE.vocab_size) for _ in range(n)] for n in lengths]
+        with torch.inference_mode():
+            expected = torch.cat([hf(torch.tensor([p])).logits[0] for p in prompts])
+        assert (packed_logits(ours, prompts) - expected).abs().max() < TOLERANCE
+
+
 def test_activations_past_float16_range(tmp_path):
     """Their squares overflow float16 (and float32 sums of float16 squares are what the norm must take)."""
     hf = save_hf(BASE, tmp_path, seed=5, scale=1e6)
