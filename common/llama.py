@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from common.config import ModelConfig
-from common.kernels.linear import Linear, linear_add, norm_gate_up_silu, norm_linear
+from common.kernels.linear import Linear, linear_add, linear_float32, norm_gate_up_silu, norm_linear
 from common.kernels.rms_norm import Norm, rms_norm
 
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
@@ -77,4 +77,4 @@ class Llama:
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [R, D] -> logits [R, V], float32."""
-        return self.lm_head(hidden).float()
+        return linear_float32(hidden, self.lm_head)

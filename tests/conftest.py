@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
-from common.checkpoint import load
+if not torch.cuda.is_available():  # Triton reads it when a kernel is defined, so before anything imports one
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from common.checkpoint import load  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")

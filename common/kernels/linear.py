@@ -2,7 +2,8 @@
 
 The plain version of each is the paper's line. On a CPU in float32 the weight is kept in the block layout that oneDNN
 computes with, made once at load: `F.linear` would reorder it again at every call, which at one row costs more than the
-product itself.
+product itself. On a GPU a decode step's few rows take our own kernels (matvec.py, small_gemm.py), with their
+neighbours fused; `choose` is the one place where that is decided.
 """
 
 from __future__ import annotations
@@ -11,11 +12,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from common.kernels.matvec import MAX_IN_FEATURES, matvec
 from common.kernels.rms_norm import Norm, rms_norm
+from common.kernels.runtime import runs_triton
 from common.kernels.silu_mul import silu_mul
+from common.kernels.small_gemm import small_gemm, small_gemm_pays
 
 # oneDNN chooses the block layout for this many rows; measured, 32 serves 1 row and 512 rows alike.
 PACK_ROWS = 32
+# Up to how many rows small_gemm beats cuBLAS with its neighbours unfused: measured on an H200 (docs/performance.md).
+MOST_ROWS = {"norm_linear": 32, "linear_add": 128, "norm_gate_up_silu": 128, "linear_float32": 64}
 
 
 def _can_prepack(weight: torch.Tensor) -> bool:
@@ -68,20 +74,47 @@ class Linear:
         return torch.addmm(residual, x, self._weight.t())
 
 
+def choose(x: torch.Tensor, linear: Linear, most_rows: int) -> str:
+    """Which product runs: "matvec" (one row), "small_gemm" (up to most_rows, on Hopper) or "library"."""
+    if linear.is_prepacked or not runs_triton(x):
+        return "library"
+    if len(x) == 1 and linear.in_features <= MAX_IN_FEATURES:
+        return "matvec"
+    return "small_gemm" if 1 < len(x) <= most_rows and small_gemm_pays(x) else "library"
+
+
 def norm_linear(x: torch.Tensor, norm: Norm, linear: Linear) -> torch.Tensor:
     """rms_norm(x) W^T: [T, D] -> [T, out]."""
-    return linear(rms_norm(x, norm))
+    kernel = choose(x, linear, MOST_ROWS["norm_linear"])
+    if kernel == "matvec":
+        return matvec(x, linear.weight, norm_weight=norm.weight, eps=norm.eps)
+    x = rms_norm(x, norm)
+    return small_gemm(x, linear.weight) if kernel == "small_gemm" else linear(x)
 
 
 def linear_add(a: torch.Tensor, linear: Linear, x: torch.Tensor) -> torch.Tensor:
     """x + a W^T: [T, in], [T, D] -> [T, D]; summed over the ranks of `linear.group` where the input is split."""
+    kernel = choose(a, linear, MOST_ROWS["linear_add"])
+    product = {"matvec": matvec, "small_gemm": small_gemm}.get(kernel)
     if linear.group is None:
-        return linear.plus(a, x)
-    partial = linear(a)
+        return product(a, linear.weight, residual=x) if product else linear.plus(a, x)
+    partial = product(a, linear.weight) if product else linear(a)
     dist.all_reduce(partial, group=linear.group)
     return x + partial
 
 
 def norm_gate_up_silu(x: torch.Tensor, norm: Norm, gate_up: Linear) -> torch.Tensor:
     """silu(g) * u with g, u = rms_norm(x) [W_gate; W_up]^T: [T, D] -> [T, F]."""
-    return silu_mul(norm_linear(x, norm, gate_up))
+    kernel = choose(x, gate_up, MOST_ROWS["norm_gate_up_silu"])
+    if kernel == "matvec":
+        return matvec(x, gate_up.weight, norm_weight=norm.weight, eps=norm.eps, silu=True)
+    x = rms_norm(x, norm)
+    return small_gemm(x, gate_up.weight, silu=True) if kernel == "small_gemm" else silu_mul(gate_up(x))
+
+
+def linear_float32(x: torch.Tensor, linear: Linear) -> torch.Tensor:
+    """x W^T in float32, as logits are wanted: [R, D] -> [R, V]. Our kernels do not round to x's dtype in between."""
+    kernel = choose(x, linear, MOST_ROWS["linear_float32"])
+    if kernel == "library":
+        return linear(x).float()
+    return (matvec if kernel == "matvec" else small_gemm)(x, linear.weight, out_dtype=torch.float32)
