@@ -76,7 +76,7 @@ def make_attend(
 ) -> Attend:
     """The attend of one step. page_lists: each row's page numbers on the host; page_table: all lines on the device."""
     if backend.name == "triton":
-        return TritonPagedAttend(model, pool, host.num_decodes, batch, page_table)
+        return TritonPagedAttend(model, pool, host.num_decodes, batch, page_table, host)
     if backend.name == "flashinfer":
         from common.flashinfer_attention import FlashInferAttend
 

@@ -68,10 +68,13 @@ class Linear:
         return F.linear(x, self._weight)
 
     def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """residual + x W^T, the sum inside the product's epilogue where the library has one. Returns a new tensor."""
+        """residual + x W^T, the sum inside the product's epilogue. `residual` may be overwritten with the result.
+
+        In place, cuBLAS takes the residual as the product's beta = 1 operand; into a new tensor, torch copies it first.
+        """
         if self._packed is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, None, "add")
-        return torch.addmm(residual, x, self._weight.t())
+        return residual.addmm_(x, self._weight.t())
 
 
 def choose(x: torch.Tensor, linear: Linear, most_rows: int) -> str:
@@ -93,7 +96,7 @@ def norm_linear(x: torch.Tensor, norm: Norm, linear: Linear) -> torch.Tensor:
 
 
 def linear_add(a: torch.Tensor, linear: Linear, x: torch.Tensor) -> torch.Tensor:
-    """x + a W^T: [T, in], [T, D] -> [T, D]; summed over the ranks of `linear.group` where the input is split."""
+    """x + a W^T: [T, in], [T, D] -> [T, D], perhaps in x's memory; summed over the ranks where the input is split."""
     kernel = choose(a, linear, MOST_ROWS["linear_add"])
     product = {"matvec": matvec, "small_gemm": small_gemm}.get(kernel)
     if linear.group is None:
