@@ -46,9 +46,14 @@ class Attend:
 
     def __call__(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         """Fused q, k, v of one layer [T, (Hq + 2 Hkv) d] -> attention output [T, Hq d]."""
+        q, k, v = self.append(layer, qkv)
+        return self.attention(layer, q, k, v).reshape(len(qkv), self.config.q_size)
+
+    def append(self, layer: int, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All but the attention: rotate, and store K and V; gives q, k, v."""
         q, k, v = self.split_and_rotate(qkv)
         self.store(layer, k, v)
-        return self.attention(layer, q, k, v).reshape(len(qkv), self.config.q_size)
+        return q, k, v
 
     def split_and_rotate(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[T, (Hq + 2 Hkv) d] -> rotated q [T, Hq, d], rotated k [T, Hkv, d], v [T, Hkv, d]."""

@@ -7,11 +7,13 @@ write to the scratch page and their tokens are dropped.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from common.paged_backends import make_graph_decode
 from common.paged_batch import DeviceBatch, HostBatch
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ class _Graph:
         self.slots = torch.full((size,), engine.max_requests, dtype=torch.int32, device=device)
         self.kv_lens = torch.ones(size, dtype=torch.int32, device=device)
         self._engine = engine
+        self.decode = make_graph_decode(engine.backend, engine.model, engine.pool, engine.page_table, size)
+        self.plan(np.empty(0, np.int32), ())
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):  # kernels compile and libraries set themselves up outside the capture
@@ -47,9 +51,14 @@ class _Graph:
         with torch.cuda.graph(self.graph, pool=memory_pool):
             self.ids = self._step()
 
-    def _step(self) -> torch.Tensor:
-        from common.paged_attention import TritonPagedAttend
+    def plan(self, kv_lens: np.ndarray, page_lists: Sequence[Sequence[int]]) -> np.ndarray:
+        """What a backend plans on the host for these rows and the padding behind them; returns the lengths of all."""
+        padding = self.size - len(kv_lens)
+        kv_lens = np.concatenate([kv_lens, np.ones(padding, np.int32)])
+        self.decode.plan(kv_lens, [*page_lists, *[(self._engine.pool.scratch_page,)] * padding])
+        return kv_lens
 
+    def _step(self) -> torch.Tensor:
         engine = self._engine
         arange = torch.arange(self.size + 1, dtype=torch.int32, device=self.slots.device)
         batch = DeviceBatch(
@@ -62,9 +71,8 @@ class _Graph:
             sampled_rows=arange[:-1],
             last_tokens=arange[:-1],
         )
-        attend = TritonPagedAttend(engine.model, engine.pool, self.size, batch, engine.page_table)
         tokens = engine.last_token[self.slots]
-        ids = engine.model.logits(engine.model.forward(tokens, attend)).argmax(-1)
+        ids = engine.model.logits(engine.model.forward(tokens, self.decode.attend(batch))).argmax(-1)
         engine.last_token[self.slots] = ids
         return ids
 
@@ -83,13 +91,12 @@ class DecodeGraphs:
             self._graph(size)
         return len(self._graphs)
 
-    def run(self, host: HostBatch, page_updates: list[np.ndarray]) -> torch.Tensor:
+    def run(self, host: HostBatch, page_updates: list[np.ndarray], page_lists: Sequence[Sequence[int]]) -> torch.Tensor:
         """Replay the bucket of a step of decodes with greedy sampling; returns the sampled ids [D] on the device."""
         engine, count = self._engine, len(host.slots)
         graph = self._graph(bucket_of(count))
-        padding = graph.size - count
-        slots = np.concatenate([host.slots, np.full(padding, engine.max_requests, np.int32)])
-        kv_lens = np.concatenate([host.kv_lens, np.ones(padding, np.int32)])
+        slots = np.concatenate([host.slots, np.full(graph.size - count, engine.max_requests, np.int32)])
+        kv_lens = graph.plan(host.kv_lens, page_lists)
         slots, kv_lens, lines, columns, pages = engine.upload([slots, kv_lens, *page_updates])
         graph.slots.copy_(slots)
         graph.kv_lens.copy_(kv_lens)

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from common.attention import Attend
 from common.decode_graphs import DecodeGraphs
 from common.errors import UserError
 from common.kv_cache import DistKVPool
 from common.llama import Llama
 from common.memory import free_bytes, human_bytes
-from common.paged_backends import Backend, make_attend, pick_backend
+from common.paged_backends import Backend, make_attend, pick_backend, reserve_memory
 from common.paged_batch import DeviceBatch, HostBatch, Upload
 from common.pages import pages_for
 from common.sampling import sample
@@ -41,6 +43,16 @@ class EngineStep:
             self._done.synchronize()
             self._done = None
         return dict(zip(self._requests, self._sampled.tolist()))
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A step ready for the device: token ids [T], the attend of its rows, and which packed tokens sample [S]."""
+
+    tokens: torch.Tensor
+    attend: Attend
+    batch: DeviceBatch
+    sampled_chunks: Sequence[Chunk]
 
 
 class Engine:
@@ -69,6 +81,7 @@ class Engine:
         self.backend: Backend = pick_backend(backend, model)
         self.max_context = model.config.max_position_embeddings
         self.max_requests = max_requests
+        reserve_memory(self.backend, model.device)
         if num_pages is None:
             num_pages = self._pages_that_fit(kv_memory, max_step_tokens)
         self._check_fits(num_pages)
@@ -109,21 +122,19 @@ class Engine:
     @torch.inference_mode()
     def launch(self, chunks: Sequence[Chunk]) -> EngineStep:
         """Take pages, enqueue forward and sampling, return at once. OutOfPages leaves everything as it was."""
-        fresh = [chunk.request for chunk in chunks if chunk.request not in self._slots]
-        if len(fresh) > len(self._free_slots):
-            raise UserError(f"more than {self.max_requests} requests hold pages at one time; raise max_requests")
-        reserve_pages(self.pool, chunks)
-        for request in fresh:
-            self._slots[request] = self._free_slots.pop()
-        host = HostBatch.of(chunks, [self._slots[chunk.request] for chunk in chunks])
+        host, page_updates = self._admit(chunks)
         sampled_chunks = [chunk for chunk in chunks if chunk.samples]
         greedy = all(chunk.request.sampling.is_greedy for chunk in sampled_chunks)
-        page_updates = self._new_pages(chunks)
         if self.graphs is not None and host.num_decodes == len(chunks) and greedy:
-            ids = self.graphs.run(host, page_updates)
+            ids = self.graphs.run(host, page_updates, [chunk.request.pages.indices for chunk in chunks])
         else:
-            ids = self._run(chunks, host, page_updates, sampled_chunks)
+            ids = self._compute(self._pack(chunks, host, page_updates))
         return self._to_host([chunk.request for chunk in sampled_chunks], ids)
+
+    @torch.inference_mode()
+    def pack(self, chunks: Sequence[Chunk]) -> Packed:
+        """What `launch` computes without a graph, ready but not computed: for looking into a step."""
+        return self._pack(chunks, *self._admit(chunks))
 
     def release(self, request: Request) -> None:
         """Give the request's pages and its line back; only when no launched step can touch them."""
@@ -138,26 +149,35 @@ class Engine:
         return self._upload.send(arrays)
 
     # --- one step ----------------------------------------------------------------------------------------------------
-    def _run(
-        self,
-        chunks: Sequence[Chunk],
-        host: HostBatch,
-        page_updates: list[np.ndarray],
-        sampled_chunks: Sequence[Chunk],
-    ) -> torch.Tensor:
-        """The step as it stands, kernel by kernel; returns the sampled ids on the device."""
+    def _admit(self, chunks: Sequence[Chunk]) -> tuple[HostBatch, list[np.ndarray]]:
+        """Pages for the step, and a line of the page table for each request that is new."""
+        fresh = [chunk.request for chunk in chunks if chunk.request not in self._slots]
+        if len(fresh) > len(self._free_slots):
+            raise UserError(f"more than {self.max_requests} requests hold pages at one time; raise max_requests")
+        lines = self._slots | dict(zip(fresh, reversed(self._free_slots)))
+        host = HostBatch.of(chunks, [lines[chunk.request] for chunk in chunks])
+        reserve_pages(self.pool, chunks)  # the last thing that can refuse the step: nothing has changed until here
+        for request in fresh:
+            self._slots[request] = self._free_slots.pop()
+        return host, self._new_pages(chunks)
+
+    def _pack(self, chunks: Sequence[Chunk], host: HostBatch, page_updates: list[np.ndarray]) -> Packed:
         batch, (lines, columns, pages) = DeviceBatch.of(host, self._upload, page_updates)
         self.page_table[lines, columns] = pages
         page_lists = [chunk.request.pages.indices for chunk in chunks]
         attend = make_attend(self.backend, self.model, self.pool, host, batch, self.page_table, page_lists)
         decode_tokens = self.last_token[batch.slots[: host.num_decodes]]
         tokens = torch.cat((decode_tokens, batch.prompt_tokens.long()))
-        if not sampled_chunks:
-            hidden = self.model.forward(tokens, attend, batch.last_tokens)
+        return Packed(tokens, attend, batch, [chunk for chunk in chunks if chunk.samples])
+
+    def _compute(self, packed: Packed) -> torch.Tensor:
+        """The step as it stands, kernel by kernel; returns the sampled ids on the device."""
+        batch, chunks = packed.batch, packed.sampled_chunks
+        hidden = self.model.forward(packed.tokens, packed.attend, batch.last_tokens)
+        if not chunks:
             return hidden.new_empty(0, dtype=torch.int64)
-        logits = self.model.logits(self.model.forward(tokens, attend, batch.last_tokens))
-        params = [chunk.request.sampling for chunk in sampled_chunks]
-        ids = sample(logits, params, [chunk.start + chunk.length for chunk in sampled_chunks])
+        positions = [chunk.start + chunk.length for chunk in chunks]
+        ids = sample(self.model.logits(hidden), [chunk.request.sampling for chunk in chunks], positions)
         self.last_token[batch.slots[batch.sampled_rows]] = ids
         return ids
 

@@ -60,7 +60,7 @@ class DistKVPool(PageAllocator):
         head_major: bool = False,
     ) -> None:
         super().__init__(capacity, page_size)
-        self.head_major = head_major
+        self.head_major, self.device = head_major, torch.device(device)
         tokens_and_heads = (num_kv_heads, page_size) if head_major else (page_size, num_kv_heads)
         shape = (capacity + 1, 2, *tokens_and_heads, head_dim)
         stored = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]

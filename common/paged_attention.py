@@ -159,6 +159,16 @@ class TritonPagedAttend(Attend):
         self.prefill_indptr = batch.q_indptr[num_decodes:] - num_decodes
         self.cudnn_shape = _cudnn_shape(model, host) if host is not None else None
 
+    def append(self, layer: int, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotate q and k of `qkv` in place and put k and v into their pages; views of q, k, v. Decodes do this inside
+        their attention kernel; alone it is what a breakdown of a step times.
+        """
+        from common.kernels.rope_append import rope_append_triton
+
+        slots, positions, num_heads = self.batch.token_slots, self.batch.positions, self.config.num_attention_heads
+        pages, cos, sin = self.pool.layers[layer], self.table.cos, self.table.sin
+        return rope_append_triton(qkv, pages, self.page_table, slots, positions, cos, sin, num_heads)
+
     def __call__(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         from common.kernels.paged_decode import rope_append_decode_triton
         from common.kernels.paged_prefill import paged_prefill_triton

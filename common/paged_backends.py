@@ -11,7 +11,9 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
 
 from common.attention import Attend
@@ -61,8 +63,20 @@ def pick_backend(name: str, model: Llama) -> Backend:
             raise UserError("--backend flashinfer: it is not installed; pip install flashinfer-python")
         if not on_gpu:
             raise UserError("--backend flashinfer: needs a CUDA device; use --backend torch")
-        return Backend(name, reason, head_major=False, captures=False)
+        _check_flashinfer(model)
+        return Backend(name, reason, head_major=False, captures=True)
     raise UserError(f"--backend {name}: unknown; use auto, {', '.join(NAMES)}")
+
+
+def _check_flashinfer(model: Llama) -> None:
+    """UserError for what its kernels are not compiled for."""
+    if model.dtype not in (torch.float16, torch.bfloat16):
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise UserError(f"--backend flashinfer: computes in float16 or bfloat16, not {dtype}; use --backend triton")
+    if model.config.head_dim not in (64, 128, 256):
+        raise UserError(
+            f"--backend flashinfer: head_dim {model.config.head_dim} is not 64, 128 or 256; use --backend triton"
+        )
 
 
 def make_attend(
@@ -80,5 +94,47 @@ def make_attend(
     if backend.name == "flashinfer":
         from common.flashinfer_attention import FlashInferAttend
 
-        return FlashInferAttend(model, pool, host, batch, page_lists)
+        return FlashInferAttend(model, pool, host, batch, page_table, page_lists)
     return TorchPagedAttend(model, pool, host, batch, page_lists)
+
+
+class GraphDecode(Protocol):
+    """Decodes of one batch size in a CUDA graph."""
+
+    def plan(self, kv_lens: np.ndarray, page_lists: Sequence[Sequence[int]]) -> None:
+        """On the host, before the capture and before each replay."""
+
+    def attend(self, batch: DeviceBatch) -> Attend:
+        """The attend to capture; the tensors of `batch` are static."""
+
+
+class TritonGraphDecode:
+    """Our kernels read lengths and pages on the device: there is nothing to plan."""
+
+    def __init__(self, model: Llama, pool: DistKVPool, page_table: torch.Tensor, size: int) -> None:
+        self._model, self._pool, self._page_table, self._size = model, pool, page_table, size
+
+    def plan(self, kv_lens: np.ndarray, page_lists: Sequence[Sequence[int]]) -> None:
+        pass
+
+    def attend(self, batch: DeviceBatch) -> Attend:
+        return TritonPagedAttend(self._model, self._pool, self._size, batch, self._page_table)
+
+
+def make_graph_decode(
+    backend: Backend, model: Llama, pool: DistKVPool, page_table: torch.Tensor, size: int
+) -> GraphDecode:
+    """What a CUDA graph of `size` decodes is made of; only for backends that capture."""
+    if backend.name == "flashinfer":
+        from common.flashinfer_attention import FlashInferGraphDecode
+
+        return FlashInferGraphDecode(model, pool, page_table, size)
+    return TritonGraphDecode(model, pool, page_table, size)
+
+
+def reserve_memory(backend: Backend, device: torch.device) -> None:
+    """Take what a backend keeps for itself, so that it is not counted as free for pages."""
+    if backend.name == "flashinfer":
+        from common.flashinfer_attention import workspace
+
+        workspace(device)

@@ -52,7 +52,7 @@ class HostBatch:
         ends = query_lens.cumsum(dtype=np.int32)
         within = np.arange(ends[-1], dtype=np.int32) - np.repeat(ends - query_lens, query_lens)
         slots_array = np.array(slots, dtype=np.int32)
-        pieces = [r.tokens[start : start + length] for r, start, length in chunks[num_decodes:]]
+        pieces = [np.array(r.tokens[start : start + length], np.int32) for r, start, length in chunks[num_decodes:]]
         sampled = np.array([chunk.samples for chunk in chunks], dtype=bool).nonzero()[0].astype(np.int32)
         return cls(
             num_decodes=num_decodes,
@@ -61,7 +61,7 @@ class HostBatch:
             query_lens=query_lens,
             positions=np.repeat(starts, query_lens) + within,
             token_slots=np.repeat(slots_array, query_lens),
-            prompt_tokens=np.array([token for piece in pieces for token in piece], dtype=np.int32),
+            prompt_tokens=np.concatenate(pieces) if pieces else np.empty(0, np.int32),
             sampled_rows=sampled,
             last_tokens=ends[sampled] - 1,
         )
@@ -124,18 +124,47 @@ class Upload:
         return list(on_device.split(sizes))
 
 
-def build_kv_metadata(requests: Sequence[Request], query_lens: Sequence[int] | None = None) -> dict[str, np.ndarray]:
-    """FlashInfer's description of a ragged batch over pages, int32 on the host.
+def kv_metadata(
+    page_lists: Sequence[Sequence[int]],
+    kv_lens: Sequence[int] | np.ndarray,
+    query_lens: Sequence[int] | np.ndarray,
+    page_size: int,
+    device: torch.device | str = "cpu",
+) -> dict[str, torch.Tensor]:
+    """FlashInfer's description of a ragged batch over pages, int32.
 
-    qo_indptr [R + 1] bounds each request's queries (all its tokens unless `query_lens` says fewer), kv_indptr [R + 1]
-    its pages in kv_indices, kv_last_page_len [R] the tokens in its last page.
+    qo_indptr [R + 1] bounds each row's queries, kv_indptr [R + 1] its pages in kv_indices, kv_last_page_len [R] counts
+    the tokens in its last page. `plan` reads these three on the host, so they are CPU tensors (pinned for a GPU);
+    kv_indices is on `device`.
+    """
+    lengths = np.asarray(kv_lens, dtype=np.int32)
+    counts = -(-lengths // page_size)
+    indices = [np.asarray(pages[:count], dtype=np.int32) for pages, count in zip(page_lists, counts.tolist())]
+    arrays = {
+        "qo_indptr": np.cumsum(np.concatenate(([0], query_lens)), dtype=np.int32),
+        "kv_indptr": np.cumsum(np.concatenate(([0], counts)), dtype=np.int32),
+        "kv_indices": np.concatenate(indices) if indices else np.empty(0, np.int32),
+        "kv_last_page_len": np.where(lengths > 0, (lengths - 1) % page_size + 1, 0).astype(np.int32),
+    }
+    device = torch.device(device)
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    if device.type == "cuda":
+        tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+    tensors["kv_indices"] = tensors["kv_indices"].to(device, non_blocking=True)
+    return tensors
+
+
+def build_kv_metadata(
+    requests: Sequence[Request], query_lens: Sequence[int] | None = None, device: torch.device | str | None = None
+) -> dict[str, torch.Tensor]:
+    """`kv_metadata` of requests that hold pages: over all their tokens, queries too unless `query_lens` says fewer.
+
+    device: of kv_indices; the pool's unless given.
     """
     caches = [request.pages for request in requests]
-    queries = [cache.seqlen for cache in caches] if query_lens is None else list(query_lens)
-    indices = np.concatenate([np.asarray(cache.indices, dtype=np.int32) for cache in caches]) if caches else []
-    return {
-        "qo_indptr": np.cumsum([0, *queries], dtype=np.int32),
-        "kv_indptr": np.cumsum([0, *(len(cache.indices) for cache in caches)], dtype=np.int32),
-        "kv_indices": np.asarray(indices, dtype=np.int32),
-        "kv_last_page_len": np.array([cache.last_page_offset for cache in caches], dtype=np.int32),
-    }
+    lengths = [cache.seqlen for cache in caches]
+    if device is None:
+        device = getattr(caches[0].pool, "device", "cpu") if caches else "cpu"
+    page_size = caches[0].pool.page_size if caches else 1
+    queries = lengths if query_lens is None else query_lens
+    return kv_metadata([cache.indices for cache in caches], lengths, queries, page_size, device)

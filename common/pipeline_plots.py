@@ -1,0 +1,90 @@
+"""The pictures of the pipeline script, from its CSVs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common import plots
+from common.results import ResultFile, read_rows
+
+REQUIRED = ("backend", "batch_size", "prompt_tokens", "output_tokens", "time", "tokens_per_s", "mbu", "mfu", "suspect")
+SWEEPS = {  # file: title, what x is, axis label, y label
+    "pipeline_decode": ("Decoding many requests together", "output", "output tokens a request", "tokens per second"),
+    "pipeline_prefill": ("Reading one prompt", "prompt", "prompt tokens", "prompt tokens per second"),
+    "pipeline_batch": ("More requests at once", "batch", "requests", "output tokens per second"),
+}
+
+
+def draw_all(sweeps: Sequence[ResultFile], parts: ResultFile | None) -> list[Path]:
+    pictures = [draw_sweep(file.path) for file in sweeps]
+    return pictures + ([draw_breakdown(parts.path)] if parts and parts.rows else [])
+
+
+def _x(row: dict[str, Any], kind: str) -> float:
+    if kind == "batch":
+        return row["batch_size"]
+    return row[f"{kind}_tokens"] // row["batch_size"]
+
+
+def draw_sweep(csv_path: Path) -> Path:
+    """Speed against its ceiling on the left, MBU and MFU on the right."""
+    title, kind, xlabel, ylabel = SWEEPS[csv_path.stem]
+    rows = sorted(read_rows(csv_path, REQUIRED), key=lambda row: _x(row, kind))
+    fig, (left, right) = plots.new_figure(title, panels=2)
+    ceilings: dict[float, float] = {}
+    for engine in dict.fromkeys(row.get("engine") or "ours" for row in rows):
+        part = [row for row in rows if (row.get("engine") or "ours") == engine]
+        xs = [_x(row, kind) for row in part]
+        label = part[0]["backend"] if engine == "ours" else f"{engine} ({part[0]['backend']})"
+        suspect = [row["suspect"] for row in part]
+        plots.band(left, xs, [row["tokens_per_s"] for row in part], None, None, label, suspect=suspect)
+        for share in ("mbu", "mfu"):
+            values = [100 * row[share] for row in part]
+            plots.band(right, xs, values, None, None, f"{share.upper()}, {label}", suspect=suspect)
+        if engine == "ours":  # the nearer of the two ceilings, at each point
+            ceilings = {x: row["tokens_per_s"] / max(row["mbu"], row["mfu"]) for x, row in zip(xs, part)}
+    style = {"color": plots.CEILING_COLOUR, "linestyle": "--", "linewidth": 1.8}
+    left.plot(list(ceilings), list(ceilings.values()), label="ceiling: bytes or operations at full speed", **style)
+    plots.ceiling_line(right, 100, "ceiling, %")
+    for ax in (left, right):
+        plots.log2_axis(ax, sorted({_x(row, kind) for row in rows}))
+        ax.set_ylim(0, None)
+        ax.set_xlabel(xlabel)
+    left.set(ylabel=ylabel, title="Speed")
+    right.set(ylabel="% of the measured ceiling", title="Share of memory bandwidth and of compute")
+    return plots.save(fig, csv_path.with_suffix(".png"), plots.footer(csv_path))
+
+
+def draw_breakdown(csv_path: Path) -> Path:
+    """A panel a phase: what was measured, stacked, beside what each part would take at its ceiling."""
+    rows = read_rows(csv_path, ("phase", "part", "time_us", "ceiling_us"))
+    phases = list(dict.fromkeys(row["phase"] for row in rows))
+    names = list(dict.fromkeys(row["part"] for row in rows))
+    fig, axes = plots.new_figure("Where does the time of a step go?", panels=len(phases))
+    for ax, phase in zip(axes if len(phases) > 1 else [axes], phases):
+        part = {row["part"]: row for row in rows if row["phase"] == phase}
+        total = sum(row["time_us"] for row in part.values())
+        for column, field in enumerate(("time_us", "ceiling_us")):
+            bottom = 0.0
+            for index, name in enumerate(names):
+                height = part[name][field] / 1e3 if name in part else 0.0
+                colour = plots.CEILING_COLOUR if name == "host gaps" else plots.COLOURS[index % len(plots.COLOURS)]
+                hatch = "//" if index >= len(plots.COLOURS) and name != "host gaps" else None
+                ax.bar(column, height, 0.62, bottom=bottom, color=colour, hatch=hatch, edgecolor="white", label=name)
+                if height * 1e3 > 0.05 * total:
+                    ax.text(column, bottom + height / 2, f"{height:.3g}", ha="center", va="center", color="white")
+                bottom += height
+            ax.text(column, bottom, f"{bottom:.3g} ms", ha="center", va="bottom")
+        ax.set_xticks([0, 1], ["measured", "at the ceiling"])
+        ax.set(title=phase, ylabel="milliseconds a step", xlim=(-0.5, 1.5))
+        ax.margins(y=0.08)
+        ax.grid(False, axis="x")
+    handles, labels = ax.get_legend_handles_labels()
+    shown = dict(zip(labels, handles))
+    order = [name for name in reversed(names)]
+    for ax in fig.axes[:-1]:
+        ax.legend([], []).set_visible(False)
+    fig.axes[-1].legend([shown[n] for n in order], order, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    return plots.save(fig, csv_path.with_suffix(".png"), plots.footer(csv_path))
