@@ -148,8 +148,8 @@ def _phase_rows(exp: Experiment, steps: Any, phase: str, batch: int, length: int
 
 def _prefill_step(exp: Experiment, steps: Any, prompts: list[list[int]]) -> tuple[float, dict[str, float], Work]:
     """Seconds of the step as the loop runs it, seconds of its parts, and what it computes."""
-    walls, parts, work = [], [], Work()
-    for _ in range(exp.args.repeats + 1):  # the first one warms up
+    walls, parts, work, warmup = [], [], Work(), _warmup(exp)
+    for _ in range(exp.args.repeats + warmup):
         requests = [Request(InputRequest("", 1, prompt), i) for i, prompt in enumerate(prompts)]
         with _released(steps, requests):
             start = time.perf_counter()
@@ -159,7 +159,12 @@ def _prefill_step(exp: Experiment, steps: Any, prompts: list[list[int]]) -> tupl
         requests = [Request(InputRequest("", 1, prompt), i) for i, prompt in enumerate(prompts)]
         with _released(steps, requests):
             parts.append(time_parts(exp.model, steps.pack([Chunk(r, 0, r.num_prefill) for r in requests])))
-    return summarise(walls[1:]).median_s, _medians(parts[1:]), work
+    return summarise(walls[warmup:]).median_s, _medians(parts[warmup:]), work
+
+
+def _warmup(exp: Experiment) -> int:
+    """Parts that only a breakdown runs alone have kernels to compile on a GPU; on a CPU the sweeps have warmed up."""
+    return int(exp.model.device.type == "cuda")
 
 
 def _decode_step(exp: Experiment, steps: Any, prompts: list[list[int]]) -> tuple[float, dict[str, float], Work]:
@@ -178,8 +183,8 @@ def _decode_step(exp: Experiment, steps: Any, prompts: list[list[int]]) -> tuple
         walls = [after - before for before, after in zip(stamps, stamps[1:])]
         chunks = [Chunk(r, r.num_computed, 1) for r in requests]
         work, packed = Work.of(chunks), steps.pack(chunks)
-        parts = [time_parts(exp.model, packed) for _ in range(exp.args.repeats + 1)]
-    return summarise(walls).median_s, _medians(parts[1:]), work
+        parts = [time_parts(exp.model, packed) for _ in range(exp.args.repeats + _warmup(exp))]
+    return summarise(walls).median_s, _medians(parts[_warmup(exp) :]), work
 
 
 def _medians(runs: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -27,6 +27,10 @@ from common.paged_batch import DeviceBatch, HostBatch
 CUDNN_TOKENS = 4096
 
 
+# Decodes are gathered and attended over this much at a time: on a CPU what is gathered is then read from its cache.
+GATHER_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+
+
 class TorchPagedAttend(Attend):
     """Gathers pages into contiguous memory, one gather a layer for all decodes, and attends with torch.
 
@@ -47,8 +51,7 @@ class TorchPagedAttend(Attend):
         )
         self.pages = torch.from_numpy(page_of_token).to(model.device)
         self.offsets = (batch.positions % pool.page_size).long()
-        self.runs = _runs_of_equal(host.kv_lens[: host.num_decodes].tolist())
-        self.decode_blocks = self._blocks(self.lists[: host.num_decodes])
+        self.groups = self._decode_groups()
 
     def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         storage = self.pool.layers[layer]
@@ -71,15 +74,24 @@ class TorchPagedAttend(Attend):
 
     def _decodes(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         """[D, Hq, d] -> [D, Hq, d]; rows of one length go as a batch, none is padded."""
-        gathered = self._gather(layer, self.decode_blocks)
-        outputs, first, begin = [], 0, 0
-        for length, count in self.runs:
+        outputs = []
+        for first, count, length, blocks in self.groups:
             num_pages = len(self.lists[first])
-            end = begin + count * num_pages * 2 * self.config.num_key_value_heads
-            kv = self._as_heads(gathered[begin:end], count, num_pages)[..., :length, :]
+            kv = self._as_heads(self._gather(layer, blocks), count, num_pages)[..., :length, :]
             outputs.append(decode_attention(q[first : first + count], kv[:, 0], kv[:, 1]))
-            first, begin = first + count, end
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _decode_groups(self) -> list[tuple[int, int, int, torch.Tensor]]:
+        """Neighbouring rows of one length that are gathered together, as (first row, how many, length, blocks)."""
+        row_bytes = 2 * self.pool.page_size * self.config.kv_size * self.pool.layers[0].element_size()
+        groups, first = [], 0
+        for length, count in _runs_of_equal(self.host.kv_lens[: self.host.num_decodes].tolist()):
+            most = max(GATHER_BYTES[self.pool.device.type] // (row_bytes * len(self.lists[first])), 1)
+            for begin in range(first, first + count, most):
+                rows = min(most, first + count - begin)
+                groups.append((begin, rows, length, self._blocks(self.lists[begin : begin + rows])))
+            first += count
+        return groups
 
     def _piece(self, layer: int, row: int, q: torch.Tensor) -> torch.Tensor:
         """A piece of a prompt [T_row, Hq, d] over what its pages hold, causal and aligned at the end."""

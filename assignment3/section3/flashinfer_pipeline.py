@@ -44,7 +44,7 @@ PRESETS = {
     },
     "laptop": {
         "max_new_tokens": 40, "output_lengths": [4, 8, 16, 32], "input_length": 32, "decode_batch": 8,
-        "seq_lens": [32, 64, 128, 256, 512], "batch_sizes": [1, 2, 4, 8, 16], "batch_tokens": 16, "repeats": 2,
+        "seq_lens": [32, 64, 128, 256, 512], "batch_sizes": [1, 2, 4, 8, 16], "batch_tokens": 12, "repeats": 2,
         "warmup": 0,
     },
     "course": {
@@ -252,7 +252,7 @@ def main(args):
     pictures = [] if args.no_plot else pipeline_plots.draw_all(sweeps, parts)
     for file in [*sweeps, *([parts] if parts else [])]:
         print(f"\n{file.path.stem}")
-        cli.print_table(file.rows, file.columns)
+        cli.print_table(file.rows, [c for c in file.columns if c not in pipeline_sweeps.NOT_PRINTED])
     print(pipeline_sweeps.conclusion(exp, sweeps))
     if parts:
         print(breakdown.conclusion(parts.rows))
