@@ -215,7 +215,7 @@ def conclusion(rows: Sequence[dict[str, Any]]) -> str:
         total, ceiling = sum(r["time_us"] for r in part), sum(r["ceiling_us"] for r in part)
         largest = max(part, key=lambda r: r["time_us"])
         texts.append(
-            f"{phase}: {total / 1e3:.3g} ms a step ({ceiling / 1e3:.3g} ms at the ceilings), "
+            f"{phase}: {cli.format_value(total / 1e3)} ms a step ({cli.format_value(ceiling / 1e3)} ms at the ceilings), "
             f"{largest['time_us'] / total:.0%} of it {largest['part']}"
         )
     return "; ".join(texts) + "."

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from common import plots
+from common.cli import format_value
 from common.results import ResultFile, read_rows
+
+GAPS = "host gaps"
 
 REQUIRED = ("backend", "batch_size", "prompt_tokens", "output_tokens", "time", "tokens_per_s", "mbu", "mfu", "suspect")
 SWEEPS = {  # file: title, what x is, axis label, y label
@@ -15,6 +18,10 @@ SWEEPS = {  # file: title, what x is, axis label, y label
     "pipeline_prefill": ("Reading one prompt", "prompt", "prompt tokens", "prompt tokens per second"),
     "pipeline_batch": ("More requests at once", "batch", "requests", "output tokens per second"),
 }
+
+
+# One colour a part: the palette, two more that differ from it, and grey for what is not computing.
+PART_COLOURS = (*plots.COLOURS[:6], "#999933", "#882255", "#000000")
 
 
 def draw_all(sweeps: Sequence[ResultFile], parts: ResultFile | None) -> list[Path]:
@@ -47,7 +54,7 @@ def draw_sweep(csv_path: Path) -> Path:
             ceilings = {x: row["tokens_per_s"] / max(row["mbu"], row["mfu"]) for x, row in zip(xs, part)}
     style = {"color": plots.CEILING_COLOUR, "linestyle": "--", "linewidth": 1.8}
     left.plot(list(ceilings), list(ceilings.values()), label="ceiling: bytes or operations at full speed", **style)
-    plots.ceiling_line(right, 100, "ceiling, %")
+    plots.ceiling_line(right, 100, "ceiling in %")
     for ax in (left, right):
         plots.log2_axis(ax, sorted({_x(row, kind) for row in rows}))
         ax.set_ylim(0, None)
@@ -70,20 +77,19 @@ def draw_breakdown(csv_path: Path) -> Path:
             bottom = 0.0
             for index, name in enumerate(names):
                 height = part[name][field] / 1e3 if name in part else 0.0
-                colour = plots.CEILING_COLOUR if name == "host gaps" else plots.COLOURS[index % len(plots.COLOURS)]
-                hatch = "//" if index >= len(plots.COLOURS) and name != "host gaps" else None
-                ax.bar(column, height, 0.62, bottom=bottom, color=colour, hatch=hatch, edgecolor="white", label=name)
+                colour = plots.CEILING_COLOUR if name == GAPS else PART_COLOURS[index % len(PART_COLOURS)]
+                ax.bar(column, height, 0.62, bottom=bottom, color=colour, edgecolor="white", label=name)
                 if height * 1e3 > 0.05 * total:
-                    ax.text(column, bottom + height / 2, f"{height:.3g}", ha="center", va="center", color="white")
+                    ax.text(column, bottom + height / 2, format_value(height), ha="center", va="center", color="white")
                 bottom += height
-            ax.text(column, bottom, f"{bottom:.3g} ms", ha="center", va="bottom")
+            ax.text(column, bottom, f"{format_value(bottom)} ms", ha="center", va="bottom")
         ax.set_xticks([0, 1], ["measured", "at the ceiling"])
         ax.set(title=phase, ylabel="milliseconds a step", xlim=(-0.5, 1.5))
-        ax.margins(y=0.08)
+        ax.set_ylim(0, 1.1 * max(total, sum(row["ceiling_us"] for row in part.values())) / 1e3)
         ax.grid(False, axis="x")
     handles, labels = ax.get_legend_handles_labels()
     shown = dict(zip(labels, handles))
-    order = [name for name in reversed(names)]
+    order = names[::-1]
     for ax in fig.axes[:-1]:
         ax.legend([], []).set_visible(False)
     fig.axes[-1].legend([shown[n] for n in order], order, loc="upper left", bbox_to_anchor=(1.01, 1.0))

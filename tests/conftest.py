@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():  # Triton reads it when a kernel is defined, so before anything imports one
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from common.checkpoint import load  # noqa: E402
+from common.checkpoint import load
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -150,8 +150,8 @@ def small_gemm(x, weight, *, residual=None, silu=False, out_dtype=None, plan=Non
         gate_arg, up_arg = (TensorDescriptor.from_tensor(w, [block_n, block_k]) for w in (gate, up))
     _small_gemm_kernel[(tiles_n, splits, tiles_t)](
         x_arg, gate_arg, up_arg, x if residual is None else residual, out, partial, arrival_counters(x.device),
-        rows, outputs, features, x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0), out.stride(0),
-        BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_K=block_k, SPLITS=splits, ADD=residual is not None, SILU=silu,
-        TMA=tma, STAGES=stages, **launch_options(x.device, num_warps=num_warps),
+        rows, outputs, features, x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0),
+        out.stride(0), BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_K=block_k, SPLITS=splits, ADD=residual is not None,
+        SILU=silu, TMA=tma, STAGES=stages, **launch_options(x.device, num_warps=num_warps),
     )  # fmt: skip
     return out
