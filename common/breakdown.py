@@ -212,10 +212,10 @@ def conclusion(rows: Sequence[dict[str, Any]]) -> str:
     texts = []
     for phase in dict.fromkeys(row["phase"] for row in rows):
         part = [row for row in rows if row["phase"] == phase]
-        total, ceiling = sum(r["time_us"] for r in part), sum(r["ceiling_us"] for r in part)
+        total, ceiling = (cli.format_value(sum(r[name] for r in part) / 1e3) for name in ("time_us", "ceiling_us"))
         largest = max(part, key=lambda r: r["time_us"])
         texts.append(
-            f"{phase}: {cli.format_value(total / 1e3)} ms a step ({cli.format_value(ceiling / 1e3)} ms at the ceilings), "
-            f"{largest['time_us'] / total:.0%} of it {largest['part']}"
+            f"{phase}: {total} ms a step ({ceiling} ms at the ceilings), the largest part {largest['part']} with "
+            f"{cli.format_value(largest['time_us'] / 1e3)} ms"
         )
     return "; ".join(texts) + "."

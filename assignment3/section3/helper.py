@@ -1,7 +1,7 @@
 """The pieces around the pipeline under the names of the handout: weights by name, and the rotary embedding.
 
-The work is done in common/: checkpoint.py reads weights straight into fused tensors, rope.py holds the angles. Here they
-can be looked at one by one.
+The work is done in common/: checkpoint.py reads weights straight into fused tensors, rope.py holds the angles. Here
+they can be looked at one by one.
 
     from helper import WeightManager, extract_model_weights
     manager = WeightManager("embedded")
