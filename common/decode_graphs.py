@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from common.kernels.argmax import argmax
 from common.paged_backends import make_graph_decode
 from common.paged_batch import DeviceBatch, HostBatch
 
@@ -36,8 +37,12 @@ class _Graph:
     def __init__(self, engine: Engine, size: int, memory_pool: object) -> None:
         device = engine.model.device
         self.size = size
-        self.slots = torch.full((size,), engine.max_requests, dtype=torch.int32, device=device)
-        self.kv_lens = torch.ones(size, dtype=torch.int32, device=device)
+        # One buffer, filled by one copy a step: each row's line of the page table and length, and the page table's new
+        # entries, of which a row has at most one a step.
+        # While it is captured, all rows are padding: a graph may be captured while requests are running.
+        spare = (engine.max_requests, 1, engine.max_requests, 0, engine.pool.scratch_page)
+        self.inputs = torch.tensor(spare, dtype=torch.int32, device=device).repeat_interleave(size)
+        self.slots, self.kv_lens, self.lines, self.columns, self.pages = self.inputs.split(size)
         self._engine = engine
         self.decode = make_graph_decode(engine.backend, engine.model, engine.pool, engine.page_table, size)
         self.plan(np.empty(0, np.int32), ())
@@ -58,8 +63,22 @@ class _Graph:
         self.decode.plan(kv_lens, [*page_lists, *[(self._engine.pool.scratch_page,)] * padding])
         return kv_lens
 
+    def arrays(
+        self, host: HostBatch, page_updates: Sequence[np.ndarray], page_lists: Sequence[Sequence[int]]
+    ) -> list[np.ndarray]:
+        """The parts of `inputs` for a step, padded: surplus rows and entries belong to the scratch page's line."""
+        engine = self._engine
+        spare = (engine.max_requests, 0, engine.pool.scratch_page)
+        updates = [
+            np.concatenate([part, np.full(self.size - len(part), value, np.int32)])
+            for part, value in zip(page_updates, spare)
+        ]
+        slots = np.concatenate([host.slots, np.full(self.size - len(host.slots), engine.max_requests, np.int32)])
+        return [slots, self.plan(host.kv_lens, page_lists), *updates]
+
     def _step(self) -> torch.Tensor:
         engine = self._engine
+        engine.page_table[self.lines, self.columns] = self.pages
         arange = torch.arange(self.size + 1, dtype=torch.int32, device=self.slots.device)
         batch = DeviceBatch(
             slots=self.slots,
@@ -72,7 +91,8 @@ class _Graph:
             last_tokens=arange[:-1],
         )
         tokens = engine.last_token[self.slots]
-        ids = engine.model.logits(engine.model.forward(tokens, self.decode.attend(batch))).argmax(-1)
+        logits = engine.model.logits(engine.model.forward(tokens, self.decode.attend(batch)))
+        ids = argmax(logits)
         engine.last_token[self.slots] = ids
         return ids
 
@@ -95,13 +115,7 @@ class DecodeGraphs:
         """Replay the bucket of a step of decodes with greedy sampling; returns the sampled ids [D] on the device."""
         engine, count = self._engine, len(host.slots)
         graph = self._graph(bucket_of(count))
-        slots = np.concatenate([host.slots, np.full(graph.size - count, engine.max_requests, np.int32)])
-        kv_lens = graph.plan(host.kv_lens, page_lists)
-        slots, kv_lens, lines, columns, pages = engine.upload([slots, kv_lens, *page_updates])
-        graph.slots.copy_(slots)
-        graph.kv_lens.copy_(kv_lens)
-        if len(lines):
-            engine.page_table[lines, columns] = pages
+        engine.fill(graph.inputs, graph.arrays(host, page_updates, page_lists))
         graph.graph.replay()
         return graph.ids[:count]
 

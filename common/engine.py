@@ -144,9 +144,9 @@ class Engine:
         if slot is not None:
             self._free_slots.append(slot)
 
-    def upload(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """int32 arrays on the device, as one copy that the host does not wait for."""
-        return self._upload.send(arrays)
+    def fill(self, target: torch.Tensor, arrays: Sequence[np.ndarray]) -> None:
+        """Copy int32 arrays, end to end, into a device tensor of their total length, without waiting."""
+        self._upload.fill(target, arrays)
 
     # --- one step ----------------------------------------------------------------------------------------------------
     def _admit(self, chunks: Sequence[Chunk]) -> tuple[HostBatch, list[np.ndarray]]:

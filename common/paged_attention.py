@@ -169,6 +169,7 @@ class TritonPagedAttend(Attend):
         self.page_table = page_table
         self.rows_table = page_table.index_select(0, batch.slots)  # [R, max_pages], the rows' own lines in their order
         self.prefill_indptr = batch.q_indptr[num_decodes:] - num_decodes
+        self.has_context = host is None or bool(host.starts[num_decodes:].any())
         self.cudnn_shape = _cudnn_shape(model, host) if host is not None else None
 
     def append(self, layer: int, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -211,7 +212,8 @@ class TritonPagedAttend(Attend):
                 out = cudnn_causal_attention(*(t.unflatten(0, self.cudnn_shape) for t in (q, k, v)))
             else:
                 table, kv_lens = self.rows_table[n:], self.batch.kv_lens[n:]
-                out = paged_prefill_triton(q, k, v, pages, table, self.prefill_indptr, kv_lens)
+                indptr, context = self.prefill_indptr, self.has_context  # without context it has more registers
+                out = paged_prefill_triton(q, k, v, pages, table, indptr, kv_lens, context=context)
             outputs.append(out.reshape(-1, c.q_size))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

@@ -108,8 +108,14 @@ class Upload:
         sizes = [len(array) for array in arrays]
         if self.device.type == "cpu":
             return [torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)) for array in arrays]
+        target = torch.empty(sum(sizes), dtype=torch.int32, device=self.device)
+        self.fill(target, arrays)
+        return list(target.split(sizes))
+
+    def fill(self, target: torch.Tensor, arrays: Sequence[np.ndarray]) -> None:
+        """Copy the arrays, end to end, into a CUDA tensor of their total length."""
         i, self._turn = self._turn, (self._turn + 1) % len(self._staging)
-        total = sum(sizes)
+        total = len(target)
         staging = self._staging[i]
         if staging is None or len(staging) < total:
             staging = torch.empty(max(2 * total, 4096), dtype=torch.int32, pin_memory=True)
@@ -118,10 +124,9 @@ class Upload:
             copied.synchronize()
         host = staging.numpy()
         np.concatenate([np.asarray(array, dtype=np.int32) for array in arrays], out=host[:total])
-        on_device = staging[:total].to(self.device, non_blocking=True)
+        target.copy_(staging[:total], non_blocking=True)
         event = self._copied[i] = self._copied[i] or torch.cuda.Event()
         event.record()
-        return list(on_device.split(sizes))
 
 
 def kv_metadata(

@@ -38,7 +38,9 @@ class Oracle:
         frequencies = self.config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
         angles = (positions[:, None] * frequencies)[:, None]
         first, second = x[..., :half], x[..., half:]
-        return torch.cat((first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()), -1)
+        return torch.cat(
+            (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()), -1
+        )
 
     def attend(self, request, layer, start, qkv):
         """qkv [T, ...] of the tokens from `start` on -> [T, Hq d]."""
@@ -71,7 +73,14 @@ class Harness:
         head_major = backend == "torch"
         self.backend = Backend(backend, "asked for", head_major=head_major, captures=False)
         self.pool = DistKVPool(
-            LAYERS, config.num_key_value_heads, config.head_dim, num_pages, page_size, dtype, "cpu", head_major=head_major
+            LAYERS,
+            config.num_key_value_heads,
+            config.head_dim,
+            num_pages,
+            page_size,
+            dtype,
+            "cpu",
+            head_major=head_major,
         )
         for layer in self.pool.layers:
             layer.fill_(torch.nan)
