@@ -59,14 +59,16 @@ def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Se
     def column(values: list[float], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype).to(device, non_blocking=True).unsqueeze(1)
 
-    temperature = column([p.temperature or 1.0 for p in params], torch.float32)
-    scaled = logits / temperature
+    # Below float32's range 1 / temperature is infinite. The best logit becomes 0 first, so that dividing by a
+    # temperature near 0 leaves 0 and -inf rather than infinities that cancel to NaN.
+    temperature = column([max(p.temperature, 1e-37) if p.temperature else 1.0 for p in params], torch.float32)
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
     if any(p.top_k or p.top_p < 1 or p.min_p for p in params):
         top_k = column([p.top_k or logits.shape[1] for p in params], torch.int64)
         top_p = column([p.top_p for p in params], torch.float32)
         min_p = column([p.min_p for p in params], torch.float32)
         scaled = _filtered(scaled, top_k, top_p, min_p)
-    seeds = column([p.seed for p in params], torch.int64)
+    seeds = column([_signed(p.seed % (1 << 64)) for p in params], torch.int64)
     noisy = scaled + _gumbel(seeds, column(list(positions), torch.int64), logits.shape[1])
     greedy = column([p.is_greedy for p in params], torch.bool)
     return torch.where(greedy, logits, noisy).argmax(-1)
@@ -81,7 +83,8 @@ def _filtered(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, mi
     ordered = ordered.masked_fill(rank >= top_k, -torch.inf)
     probabilities = ordered.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities  # the mass of everything more likely
-    excluded = (before >= top_p) | (probabilities < min_p * probabilities[:, :1])
+    # A sum of float32 may round to 1 before its tail: top_p 1 is off, and must not cut that tail.
+    excluded = ((before >= top_p) & (top_p < 1)) | (probabilities < min_p * probabilities[:, :1])
     excluded[:, 0] = False
     return torch.empty_like(scaled).scatter_(1, order, ordered.masked_fill(excluded, -torch.inf))
 
@@ -89,16 +92,17 @@ def _filtered(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, mi
 def _gumbel(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Gumbel noise [R, V] from a hash of seed [R, 1], position [R, 1] and token id.
 
-    The hash is the finaliser of splitmix64 (Steele, Lea, Flood 2014), on int64 with wrap-around; 24 of its bits become
-    a uniform number strictly between 0 and 1.
+    The hash is the finaliser of splitmix64 (Steele, Lea, Flood 2014), on int64 with wrap-around; 40 of its bits become
+    a uniform number u strictly between 0 and 1. Large noise comes from small u, where float32 is finest; near 1, where
+    it is coarsest and would round to 1, u is capped.
     """
     import torch
 
     token_ids = torch.arange(vocab_size, device=seeds.device)
     state = _mix(_mix(seeds + _signed(0x9E3779B97F4A7C15)) + positions)
-    bits = (_mix(state + token_ids * _signed(0xD1342543DE82EF95)) >> 40) & 0xFFFFFF
-    uniform = (bits.float() + 0.5) / 2**24
-    return -torch.log(-torch.log(uniform))
+    bits = _logical_shift(_mix(state + token_ids * _signed(0xD1342543DE82EF95)), 24)
+    uniform = ((bits.float() + 0.5) / 2**40).clamp(max=1 - 2**-24)
+    return -torch.log(-torch.log1p(-uniform))
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
