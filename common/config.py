@@ -14,6 +14,8 @@ from typing import Any
 from common.errors import UserError
 
 ARCHITECTURES = ("LlamaForCausalLM",)
+NEEDED_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SIZES = (*NEEDED_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -50,19 +52,8 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"config: {name} is {value!r}; it must be a whole number of at least 1")
+        for name in SIZES:
+            _size(getattr(self, name), f"config: {name}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"config: num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -70,8 +61,12 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"config: head_dim {self.head_dim} is odd; rotary embeddings rotate pairs")
-        if not self.rms_norm_eps > 0 or not self.rope_theta > 0:
-            raise UserError(f"config: rms_norm_eps {self.rms_norm_eps} and rope_theta {self.rope_theta} must be > 0")
+        for name in ("rms_norm_eps", "rope_theta"):
+            if not 0 < _number(getattr(self, name), name) < float("inf"):
+                raise UserError(f"config: {name} is {getattr(self, name)}; it must be above 0")
+        for name, ids in (("bos_token_id", (self.bos_token_id,)), ("eos_token_id", self.eos_token_ids)):
+            if not all(i is None or (isinstance(i, int) and not isinstance(i, bool)) for i in ids):
+                raise UserError(f"config: {name} is {ids!r}; token ids are whole numbers")
 
     @property
     def q_size(self) -> int:
@@ -108,27 +103,28 @@ class ModelConfig:
         path = Path(folder) / "config.json"
         raw = _read_json(path)
         _refuse_unsupported(raw, path)
+        for name in NEEDED_SIZES:
+            if name not in raw:
+                raise UserError(f"{path}: field {name!r} is missing; a Llama config needs it")
+        sizes = {name: _size(raw[name], f"{path}: {name}") for name in NEEDED_SIZES}
+        heads = sizes["num_attention_heads"]
+        rope = _rope_parameters(raw, path)
+        theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
         try:
-            heads = raw["num_attention_heads"]
-            values: dict[str, Any] = {
-                name: raw[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-            }
-        except KeyError as missing:
-            raise UserError(f"{path}: field {missing} is missing; a Llama config needs it") from None
-        rope = _rope_parameters(raw)
-        return cls(
-            **values,
-            num_attention_heads=heads,
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or values["hidden_size"] // heads,
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-            rope_scaling=_rope_scaling(rope, path),
-            max_position_embeddings=raw.get("max_position_embeddings", 2048),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            bos_token_id=raw.get("bos_token_id"),
-            eos_token_ids=_eos_token_ids(raw, Path(folder)),
-        )
+            return cls(
+                **sizes,
+                num_key_value_heads=_default(raw.get("num_key_value_heads"), heads),
+                head_dim=_default(raw.get("head_dim"), sizes["hidden_size"] // heads),
+                rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+                rope_theta=_number(theta, "rope_theta"),
+                rope_scaling=_rope_scaling(rope, path),
+                max_position_embeddings=raw.get("max_position_embeddings", 2048),
+                tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+                bos_token_id=raw.get("bos_token_id"),
+                eos_token_ids=_eos_token_ids(raw, Path(folder)),
+            )
+        except UserError as error:
+            raise UserError(str(error).replace("config: ", f"{path}: ", 1)) from None
 
     def to_hf_dict(self) -> dict[str, Any]:
         """The config.json that describes this model to Hugging Face transformers (4 and 5)."""
@@ -166,10 +162,28 @@ def _read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
+def _size(value: Any, what: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{what} is {value!r}; it must be a whole number of at least 1")
+    return value
+
+
+def _number(value: Any, name: str) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise UserError(f"config: {name} is {value!r}; it must be a number")
+    return float(value)
+
+
+def _default(value: Any, default: int) -> Any:
+    return default if value is None else value
+
+
 def _refuse_unsupported(raw: dict[str, Any], path: Path) -> None:
     """Refuse by name whatever this decoder would compute wrongly."""
     architectures = raw.get("architectures") or []
-    if architectures and not set(architectures) & set(ARCHITECTURES):
+    if not isinstance(architectures, list):
+        raise UserError(f"{path}: architectures is {architectures!r}; it must be a list of names")
+    if architectures and not any(name in ARCHITECTURES for name in architectures):
         raise UserError(f"{path}: architecture {architectures[0]} is not supported; supported: {ARCHITECTURES[0]}")
     if raw.get("model_type", "llama") != "llama":
         raise UserError(f"{path}: model_type {raw['model_type']!r} is not supported; supported: 'llama'")
@@ -185,9 +199,15 @@ def _refuse_unsupported(raw: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: pretraining_tp {raw['pretraining_tp']} is not supported; supported: 1")
 
 
-def _rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
+def _rope_parameters(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     """transformers 5 writes `rope_parameters` (theta inside), earlier versions `rope_scaling` (theta outside)."""
-    return raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: its rope fields are {rope!r}, not an object of settings")
+    share = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
+    if share not in (None, 1.0):
+        raise UserError(f"{path}: partial_rotary_factor {share!r} is not supported; supported: 1.0")
+    return rope
 
 
 def _rope_scaling(rope: dict[str, Any], path: Path) -> RopeScaling | None:
@@ -198,10 +218,12 @@ def _rope_scaling(rope: dict[str, Any], path: Path) -> RopeScaling | None:
         raise UserError(f"{path}: rope type {kind!r} is not supported; supported: 'default', 'llama3'")
     try:
         return RopeScaling(
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+            factor=_number(rope["factor"], "factor"),
+            low_freq_factor=_number(rope["low_freq_factor"], "low_freq_factor"),
+            high_freq_factor=_number(rope["high_freq_factor"], "high_freq_factor"),
+            original_max_position_embeddings=_size(
+                rope["original_max_position_embeddings"], "config: original_max_position_embeddings"
+            ),
         )
     except KeyError as missing:
         raise UserError(f"{path}: rope type 'llama3' needs the field {missing}") from None

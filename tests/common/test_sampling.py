@@ -79,7 +79,9 @@ def test_every_row_is_filtered_by_its_own_settings():
     rng = random.Random(2)
     logits = logits_of(64, 30, 7)
     params = [
-        SamplingParams(rng.choice([0.5, 2.0]), rng.choice([0, 1, 3]), rng.choice([1.0, 0.6]), rng.choice([0, 0.2]), seed)
+        SamplingParams(
+            rng.choice([0.5, 2.0]), rng.choice([0, 1, 3]), rng.choice([1.0, 0.6]), rng.choice([0, 0.2]), seed
+        )
         for seed in range(64)
     ]
     for position in range(20):
