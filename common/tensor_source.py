@@ -5,8 +5,8 @@ Both offer `shape(name)` and `read(name, rows, columns)`: a rank of a tensor-par
 
 from __future__ import annotations
 
+import hashlib
 import json
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +17,7 @@ from common.config import ModelConfig
 from common.errors import UserError
 
 WHOLE = slice(None)
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 
 class TensorSource(Protocol):
@@ -76,6 +77,9 @@ class SafetensorsSource:
             if self.shape(name) != shape:
                 found = list(self.shape(name))
                 raise UserError(f"{self.folder}: tensor {name} has shape {found}; config.json asks for {list(shape)}")
+            kind = self._files[name].get_slice(name).get_dtype()
+            if kind not in FLOATS:
+                raise UserError(f"{self.folder}: tensor {name} is stored as {kind}; quantised weights are not supported")
         for name in self._files:
             if name not in expected and not _ignorable(name, config):
                 raise UserError(f"{self.folder}: unexpected tensor {name}; this is not a plain Llama checkpoint")
@@ -106,6 +110,8 @@ def _shard_paths(folder: Path) -> list[Path]:
         return [single]
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("a shard's name must be text")
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         raise UserError(f"{index}: cannot be read as an index of shards; download the checkpoint again") from None
     for name in names:
@@ -162,7 +168,9 @@ class RandomSource:
 
     def _block(self, name: str, start: int, shape: tuple[int, int]) -> torch.Tensor:
         generator = torch.Generator(self.device)
-        generator.manual_seed((self.seed << 32) ^ zlib.crc32(f"{name}:{start}".encode()))
+        # All of it is in each half of the digest: a CPU's generator takes the low 32 bits of its seed only.
+        digest = hashlib.blake2b(f"{self.seed}:{name}:{start}".encode(), digest_size=8).digest()
+        generator.manual_seed(int.from_bytes(digest, "little") >> 1)
         if self.distribution == "uniform":
             return torch.empty(shape, device=self.device).uniform_(-1e-3, 1e-3, generator=generator)
         return torch.empty(shape, device=self.device).normal_(0.0, 0.02, generator=generator)
