@@ -27,6 +27,7 @@ from common.tokenizer import ByteTokenizer, PretrainedTokenizer, Tokenizer
 
 DEFAULT_FOLDER = Path("/model/Meta-Llama-3-8B-Instruct")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_CONTEXT = 2**24  # positions are multiplied in float32, where larger ones collapse onto each other
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -108,24 +109,37 @@ def resolve(source: str | None, device: torch.device, dtype: torch.dtype, contex
         found = Source("embedded", "SmolLM2-135M-Instruct", "--model embedded")
     elif source.startswith("random:"):
         found = _random_source(source)
-    elif Path(source).expanduser().is_dir():
-        found = Source("folder", source, "--model names the folder", folder=Path(source).expanduser())
+    elif (folder := _existing_folder(source)) is not None:
+        found = Source("folder", source, "--model names the folder", folder=folder)
     elif _HUB_ID.fullmatch(source) and not source.startswith((".", "/", "~")):
         found = Source("hub", source, "--model names a hub id")
     else:
-        raise UserError(f"--model {source}: no such folder; use a folder, a hub id, embedded or random:SHAPE")
+        raise UserError(f"--model {source[:200]}: no such folder; use a folder, a hub id, embedded or random:SHAPE")
     if context is not None:
         if found.kind != "random":
             raise UserError("--context: only random: models have a context to choose; leave it out")
+        if context > MAX_CONTEXT:
+            raise UserError(f"--context {context}: rotary positions are exact up to {MAX_CONTEXT} only")
         assert found.config is not None
         found = replace(found, config=found.config.with_context(context))
     return found
 
 
+def _existing_folder(source: str) -> Path | None:
+    try:
+        folder = Path(source).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # a name too long, a home folder that is not there
+        return None
+
+
 def _default_source(device: torch.device, dtype: torch.dtype) -> Source:
     named = os.environ.get("TLAB_MODEL")
     if named:
-        return replace(resolve(named, device, dtype), reason="TLAB_MODEL is set")
+        try:
+            return replace(resolve(named, device, dtype), reason="TLAB_MODEL is set")
+        except UserError as error:
+            raise UserError(str(error).replace("--model", "TLAB_MODEL", 1)) from None
     embedded = Source("embedded", "SmolLM2-135M-Instruct", f"{DEFAULT_FOLDER} is not there")
     if not DEFAULT_FOLDER.is_dir():
         return embedded
@@ -165,13 +179,16 @@ def load(
     device = pick_device(device) if isinstance(device, str) else device
     dtype = pick_dtype(dtype, device) if isinstance(dtype, str) else dtype
     found = resolve(source, device, dtype, context)
-    folder = found.folder
+    folder, origin = found.folder, f"{found.name} ({found.kind})"
     if found.kind == "embedded":
         from common import embedded
 
         folder = embedded.model_folder()
     elif found.kind == "hub":
         folder = _download(found.name)
+        origin = f"{found.name} (hub, revision {folder.name})"
+    elif found.kind == "random":
+        origin = f"{found.name} (seed {seed})"
     config = found.config or ModelConfig.from_pretrained(folder)
     shard = tp(config) if tp else Shard.whole(config)
     _check_memory(config, shard, device, dtype, found.name)
@@ -182,7 +199,7 @@ def load(
     else:
         tensors = SafetensorsSource(folder, config)
         tokenizer = PretrainedTokenizer(folder, config)
-    model = build(config, tensors, shard, device, dtype, origin=f"{found.name} ({found.kind})", quiet=quiet)
+    model = build(config, tensors, shard, device, dtype, origin=origin, quiet=quiet)
     if not quiet:
         where = folder if folder is not None else f"a generator (seed {seed}, {found.distribution})"
         size = f"{config.num_parameters / 1e6:,.0f}M parameters, {str(dtype).removeprefix('torch.')} on {device}"
@@ -191,15 +208,22 @@ def load(
 
 
 def _download(hub_id: str) -> Path:
-    """A hub repository's config, tokenizer and safetensors files; never code, never pickles."""
+    """A hub repository's snapshot folder, named by its revision; never code, never pickles.
+
+    The small files come first: a model that is not supported is refused before gigabytes are fetched.
+    """
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
-    except Exception as error:  # the hub's client raises a dozen kinds; each means "not to be had"
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--model {hub_id}: no such folder, and the hub did not give it: {first_line}") from None
+    def fetch(*patterns: str, **pinned: str) -> Path:
+        try:
+            return Path(snapshot_download(hub_id, allow_patterns=list(patterns), **pinned))
+        except Exception as error:  # the hub's client raises a dozen kinds; each means "not to be had"
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"--model {hub_id}: no such folder, and the hub did not give it: {first_line}") from None
+
+    folder = fetch("*.json", "tokenizer.model", "*.jinja")
+    ModelConfig.from_pretrained(folder)
+    return fetch("*.safetensors", revision=folder.name)
 
 
 def _check_memory(config: ModelConfig, shard: Shard, device: torch.device, dtype: torch.dtype, name: str) -> None:

@@ -79,7 +79,9 @@ class SafetensorsSource:
                 raise UserError(f"{self.folder}: tensor {name} has shape {found}; config.json asks for {list(shape)}")
             kind = self._files[name].get_slice(name).get_dtype()
             if kind not in FLOATS:
-                raise UserError(f"{self.folder}: tensor {name} is stored as {kind}; quantised weights are not supported")
+                raise UserError(
+                    f"{self.folder}: tensor {name} is stored as {kind}; quantised weights are not supported"
+                )
         for name in self._files:
             if name not in expected and not _ignorable(name, config):
                 raise UserError(f"{self.folder}: unexpected tensor {name}; this is not a plain Llama checkpoint")

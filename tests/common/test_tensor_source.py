@@ -140,7 +140,11 @@ def test_a_file_cut_or_damaged_anywhere_in_its_header_is_named(tmp_path, sharded
     whole, rng = (tmp_path / names[0]).read_bytes(), random.Random(0)
     header = 8 + int.from_bytes(whole[:8], "little")
     damaged = [whole[:n] for n in (0, 1, 7, 8, 100, header, len(whole) // 2, len(whole) - 1)]
-    damaged += [b"\xff" * 16 + whole[16:], whole[:8] + b"[" + whole[9:], b"version https://git-lfs.github.com/spec/v1\n"]
+    damaged += [
+        b"\xff" * 16 + whole[16:],
+        whole[:8] + b"[" + whole[9:],
+        b"version https://git-lfs.github.com/spec/v1\n",
+    ]
     damaged += [whole[:i] + bytes([whole[i] ^ 0xFF]) + whole[i + 1 :] for i in rng.sample(range(header), 30)]
     for data in damaged:
         (tmp_path / names[0]).write_bytes(data)
@@ -156,7 +160,9 @@ def test_a_missing_shard_is_named(tmp_path):
         SafetensorsSource(tmp_path, CONFIG)
 
 
-@pytest.mark.parametrize("evil", ["../secret.safetensors", "/etc/hostname", "sub/x.safetensors", "..", "", 5, None, ["a"]])
+@pytest.mark.parametrize(
+    "evil", ["../secret.safetensors", "/etc/hostname", "sub/x.safetensors", "..", "", 5, None, ["a"]]
+)
 def test_an_index_does_not_lead_out_of_its_folder(tmp_path, evil):
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)
