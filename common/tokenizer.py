@@ -82,7 +82,9 @@ class PretrainedTokenizer(_PromptText):
 
 
 class ByteTokenizer(_PromptText):
-    """One id a byte, for random weights: id = byte + 3. Ids outside that range are shown by number."""
+    """One id a byte, for random weights: id = byte + 3. Ids outside that range are shown by number, bytes that form no
+    character as the replacement character.
+    """
 
     OFFSET = 3
 
@@ -100,7 +102,7 @@ class ByteTokenizer(_PromptText):
         data = bytearray()
         for i in ids:
             data += bytes([i - self.OFFSET]) if 0 <= i - self.OFFSET < 256 else f"<{i}>".encode()
-        return data.decode(errors="backslashreplace")
+        return data.decode(errors="replace")
 
     def chat(self, text: str) -> list[int]:
         return self.encode(text)
@@ -113,34 +115,34 @@ class IncrementalDecoder:
     decoded together with those shown last, since some tokenizers write a word's leading space only after another word.
     """
 
-    MAX_HELD = 3  # a UTF-8 character has at most four bytes: with three ids after it, a broken one is broken for good
+    MAX_HELD = 3  # a UTF-8 character has at most four bytes: an unfinished one shows as three replacements at most
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._context = 0  # the ids from here to `_shown` are decoded again, for the spaces
-        self._shown = 0  # the ids before this one have been returned as text
+        # Text is decoded from `_context`, where a character begins; `_whole`, later, is the last such place.
+        self._context = self._whole = 0
+        self._shown = 0  # characters of the text from `_context` that have been returned
 
     def push(self, token_id: int) -> str:
         """Add one id; returns the new whole characters, often none."""
         self._ids.append(token_id)
-        end = len(self._ids)
-        while end > self._shown and len(self._ids) - end < self.MAX_HELD:
-            if not self._text(end).endswith("\ufffd"):  # the replacement character: perhaps an unfinished sequence
-                break
-            end -= 1
-        return self._show(end)
+        text = self._text(self._context)
+        held = min(len(text) - len(text.rstrip("\ufffd")), self.MAX_HELD)  # replacements: perhaps still unfinished
+        if held and len(self._ids) - self._whole <= self.MAX_HELD:
+            return ""  # tokenizers that fall back to bytes replace what stood before an unfinished character, too
+        new = text[self._shown : len(text) - held]
+        self._shown += len(new)
+        if not held:
+            self._context, self._whole = self._whole, len(self._ids)
+            self._shown = len(self._text(self._context))
+        return new
 
     def finish(self) -> str:
         """What is held back at the end, with replacement characters for bytes that never became a character."""
-        return self._show(len(self._ids))
+        rest = self._text(self._context)[self._shown :]
+        self._shown += len(rest)
+        return rest
 
-    def _text(self, end: int) -> str:
-        return self._tokenizer.decode(self._ids[self._context : end])
-
-    def _show(self, end: int) -> str:
-        if end <= self._shown:
-            return ""
-        text = self._text(end)[len(self._text(self._shown)) :]
-        self._context, self._shown = self._shown, end
-        return text
+    def _text(self, start: int) -> str:
+        return self._tokenizer.decode(self._ids[start:])
