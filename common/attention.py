@@ -78,6 +78,8 @@ class Prefill(Attend):
 
     def __init__(self, model: Llama, lengths: list[int], cache: ContiguousKVCache | None = None) -> None:
         if cache is not None:
+            if any(cache.lengths):
+                raise ValueError("Prefill starts at position 0: its cache must be empty")
             cache.reserve(lengths)
         positions = torch.cat([torch.arange(n, device=model.device) for n in lengths])
         super().__init__(model, positions)
@@ -180,7 +182,7 @@ class PaddedDecode(Decode):
 
     def attention(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         keys, values = self.cache.layers[layer][:, :, :, : self.visible.shape[-1]]
-        if len(self.rows) < len(keys):
+        if self.rows != list(range(len(keys))):
             keys, values = keys[self.row_index], values[self.row_index]
         return decode_attention(q, keys, values, self.visible)
 

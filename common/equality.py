@@ -74,6 +74,10 @@ def require_equal(
     At most 1 % of the rows (one row of a small set) may be ties.
     """
     found = differences(model, prompts, expected, got)
+    parted = {d.row for d in found}
+    for row, (want, have) in enumerate(zip(expected, got)):
+        if row not in parted and len(want) != len(have):
+            raise CheckFailed(f"{what}: row {row} has {len(have)} tokens, {len(want)} were expected")
     wrong = [d for d in found if not d.is_tie]
     if wrong:
         d = wrong[0]
