@@ -19,7 +19,6 @@ Imports no torch and no matplotlib, so that `--help` answers at once. A script i
 import argparse
 import contextlib
 import errno
-import json
 import os
 import re
 import select
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from common.errors import CheckFailed, UserError
+from common.prompt_files import read_prompts
 from common.sweeps import parse_sweep, shown
 
 PRESETS = ("auto", "quick", "laptop", "course")
@@ -40,6 +40,9 @@ EXIT_CHECK_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 1
 
 # What the operating system refuses because of where the user pointed us, not because of a bug here.
 _ENVIRONMENT_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+_made_folders: list[Path] = []  # by output_dir, the deepest first
 
 
 class _Parser(argparse.ArgumentParser):
@@ -242,56 +245,21 @@ def _size_name(value: int) -> str:
 
 # --- files -----------------------------------------------------------------------------------------------------------
 def output_dir(args: argparse.Namespace, script_file: str) -> Path:
-    """`--out`, or results/ beside the script; created, and tried by writing, so that it is refused before measuring."""
+    """`--out`, or results/ beside the script; created, and tried by writing, so that it is refused before measuring.
+
+    Folders made here are taken away again by `run` where the script ends without having written into them.
+    """
     folder = Path(args.out).expanduser() if args.out else Path(script_file).resolve().parent / "results"
     try:
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
+        _made_folders.extend(new)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"--out: cannot write into {folder}: {reason}; give a folder with --out DIR") from None
     return folder
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """Prompts from a file: one a line, blank lines skipped.
-
-    A name that ends in .jsonl holds JSON lines, each a string or {"prompt": string}. Errors name the line.
-    """
-    path = Path(path)
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"--prompts: cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    prompts = []
-    for number, raw in enumerate(lines, start=1):
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\r")
-        except UnicodeDecodeError:
-            raise UserError(f"{path} line {number}: not UTF-8 text; save the file as UTF-8") from None
-        if line.strip():
-            prompts.append(_json_prompt(line, path, number) if path.suffix == ".jsonl" else line)
-    if not prompts:
-        raise UserError(f"--prompts: {path} holds no prompt; write one a line")
-    return prompts
-
-
-def _json_prompt(line: str, path: Path, number: int) -> str:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} line {number}: not JSON ({error}); a .jsonl file holds one JSON value a line"
-        ) from None
-    if isinstance(value, dict):
-        unknown = [key for key in value if key != "prompt"]
-        if unknown:
-            raise UserError(f'{path} line {number}: unknown key {shown(unknown[0])}; only "prompt" is read')
-        value = value.get("prompt")
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f'{path} line {number}: no prompt; a line is "text" or {{"prompt": "text"}}')
-    return value
 
 
 def typed_prompts(args: argparse.Namespace) -> list[str] | None:
@@ -371,6 +339,9 @@ def _call(main: Callable[[argparse.Namespace], None], args: argparse.Namespace, 
         code, message = _explain(error)
         if args.debug:
             traceback.print_exc()
+    for folder in _made_folders:
+        with contextlib.suppress(OSError):  # it holds files, or another process removed it
+            folder.rmdir()
     if message:
         print(f"{prog}: {_one_line(message)}", file=sys.stderr)
     return EXIT_INTERRUPTED if getattr(args, "interrupted", False) else code

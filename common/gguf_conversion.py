@@ -35,8 +35,9 @@ def convert(gguf_path: Path, folder: Path) -> None:
 
     try:
         reader = GGUFReader(gguf_path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{gguf_path}: not a readable GGUF file ({error})") from None
+    except Exception as error:  # of a damaged file the reader raises whatever its bytes happen to lead to
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{gguf_path}: not a readable GGUF file ({reason}); fetch it again") from None
     facts = _Facts(reader)
     config = read_config(facts, has_head=any(t.name == "output.weight" for t in reader.tensors))
     tensors = {}
@@ -91,11 +92,11 @@ def read_config(facts: _Facts, *, has_head: bool) -> ModelConfig:
 
 def hf_name(name: str) -> str:
     """GGUF's tensor name -> Hugging Face's: "blk.3.attn_q.weight" -> "model.layers.3.self_attn.q_proj.weight"."""
-    parts = name.removesuffix(".weight").split(".")
-    if parts[0] == "blk" and parts[2] in LAYER_TENSORS:
-        return f"model.layers.{parts[1]}.{LAYER_TENSORS[parts[2]]}.weight"
-    if parts[0] in TOP_TENSORS and len(parts) == 1:
-        return f"{TOP_TENSORS[parts[0]]}.weight"
+    match name.split("."):
+        case ["blk", layer, part, "weight"] if part in LAYER_TENSORS:
+            return f"model.layers.{layer}.{LAYER_TENSORS[part]}.weight"
+        case [part, "weight"] if part in TOP_TENSORS:
+            return f"{TOP_TENSORS[part]}.weight"
     raise UserError(f"GGUF file: unexpected tensor {name}")
 
 
