@@ -69,13 +69,14 @@ def main(args):
     from common import batch_sweep, experiment, text_run
     from common.padded import generate_padded
 
+    typed_prompts = cli.typed_prompts(args)
     exp = experiment.prepare(args, __file__, PRESETS)
-    if (prompts := cli.typed_prompts(args)) is not None:
+    if typed_prompts is not None:
 
         def run(ids, stop, times):
             return generate(exp.model, ids, stop, times)
 
-        return text_run.answer(exp, prompts, batch_sweep.output_length(exp), run)
+        return text_run.answer(exp, typed_prompts, batch_sweep.output_length(exp), run)
 
     lengths = draw_lengths(max(args.batch_sizes), args.input_length, args.seed)
     sizes = batch_sweep.batches_that_fit(exp, max(lengths))

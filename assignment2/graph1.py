@@ -51,7 +51,7 @@ def draw(folder):
     series = {}
     for file_name, name, degree in ((NO_KV, "no cache", 2), (CACHED, "KV cache", 1)):
         if (folder / file_name).exists():
-            series[file_name] = (name, degree, read_rows(folder / file_name, REQUIRED))
+            series[file_name] = (name, degree, read_rows(folder / file_name, REQUIRED, numbers=REQUIRED))
     if not any(rows for _, _, rows in series.values()):
         raise UserError(f"{folder}: neither {NO_KV} nor {CACHED}; run assignment2/no_kv.py and single_batch.py first")
     fig, (left, right) = plots.new_figure("Generating n tokens with and without a KV cache", panels=2)

@@ -31,7 +31,7 @@ def draw(folder):
     from common.results import read_json, read_rows
 
     folder = Path(folder)
-    series = {name: read_rows(folder / name, REQUIRED) for name in FILES if (folder / name).exists()}
+    series = {name: read_rows(folder / name, REQUIRED, numbers=REQUIRED) for name in FILES if (folder / name).exists()}
     if not any(series.values()):
         files = " nor ".join(FILES)
         raise UserError(f"{folder}: neither {files}; run assignment2/uniform_prefill.py and different_prefill.py first")

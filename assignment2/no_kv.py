@@ -54,8 +54,8 @@ def main(args):
     from common import experiment, text_run
     from common.length_sweep import measure_lengths
 
-    exp = experiment.prepare(args, __file__, PRESETS)
     prompts = cli.typed_prompts(args)
+    exp = experiment.prepare(args, __file__, PRESETS)
     if prompts is not None:
 
         def one_by_one(ids, stop, times):

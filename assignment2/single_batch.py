@@ -73,8 +73,8 @@ def main(args):
     from common import experiment, text_run
     from common.length_sweep import measure_lengths
 
-    exp = experiment.prepare(args, __file__, PRESETS)
     prompts = cli.typed_prompts(args)
+    exp = experiment.prepare(args, __file__, PRESETS)
     if prompts is not None:
 
         def one_by_one(ids, stop, times):
@@ -103,9 +103,9 @@ def conclusion(exp, sweep):
             f"{exp.ceilings.memory_gb_per_s():.3g} GB/s would take {floor * 1e3:.3g} ms ({floor / step:.0%} of the "
             "bandwidth is used)"
         )
-    peer = [row for row in sweep.rows("hf") if row.get("engine") == "hf"]
-    if peer:
-        text += f". Hugging Face took {peer[-1]['time']:.2f} s: {peer[-1]['time'] / last['time']:.2f} times as long"
+    for peer in sweep.rows("hf"):
+        if peer.get("engine") == "hf" and peer["output_length"] == last["output_length"]:
+            text += f". Hugging Face took {peer['time']:.2f} s: {peer['time'] / last['time']:.2f} times as long"
     return text + "."
 
 

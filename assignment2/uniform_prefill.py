@@ -62,9 +62,10 @@ def main(args):
     from common import batch_sweep, experiment, text_run
     from common.padded import generate_padded
 
+    typed_prompts = cli.typed_prompts(args)
     exp = experiment.prepare(args, __file__, PRESETS)
-    if (prompts := cli.typed_prompts(args)) is not None:
-        return text_run.answer(exp, prompts, batch_sweep.output_length(exp), each_length_together(exp.model))
+    if typed_prompts is not None:
+        return text_run.answer(exp, typed_prompts, batch_sweep.output_length(exp), each_length_together(exp.model))
 
     sizes = batch_sweep.batches_that_fit(exp, args.input_length)
     batches = {n: [exp.tokenizer.prompt_of_length(args.input_length, 97 * row) for row in range(n)] for n in sizes}

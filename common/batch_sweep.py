@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common import cli, text_run
-from common.equality import greedy_reference, require_equal
+from common.equality import greedy_reference, peer_sentence, require_equal
 from common.errors import UserError
 from common.experiment import Experiment
 from common.generation import StepTimes, StopRule
@@ -41,7 +41,9 @@ class BatchSweep:
     tokens: dict[str, list[list[int]]]
 
     def rows(self, engine: str = "ours") -> list[dict[str, Any]]:
-        return [row for row in self.file.rows if row.get("engine", "ours") == engine]
+        """The rows of one engine, smallest batch first: --resume appends what was missing at the end of the file."""
+        rows = (row for row in self.file.rows if row.get("engine", "ours") == engine)
+        return sorted(rows, key=lambda row: row["batch_size"])
 
 
 def output_length(exp: Experiment) -> int:
@@ -93,17 +95,24 @@ def measure_batches(
         )
     columns = [*COLUMNS, "engine"] if len(engines) > 1 else COLUMNS
     key = ["batch_size", "engine"] if len(engines) > 1 else ["batch_size"]
-    record = exp.provenance(prompt_lengths=[len(p) for p in batches[max(batches)]], ignore_eos=not eos)
+    record = exp.provenance(output_len=output_len, ignore_eos=not eos)
     sweep = BatchSweep(ResultFile(exp.out, name, columns, record, key=key, resume=args.resume), {})
     with sweep.file, cli.keep_partial(args):
         for prompts in batches.values():
             _measure_batch(exp, sweep, engines, prompts, StopRule(output_len, eos, ignore_eos=not eos))
+        # Said at the end: a resumed run may add larger batches, whose further prompts change no earlier row.
+        sweep.file.close(prompt_lengths=[len(p) for p in batches[max(batches)]])
     if not sweep.file.rows:
         raise KeyboardInterrupt
-    if args.dump_tokens and "ours" in sweep.tokens:
+    if args.dump_tokens:
+        if "ours" not in sweep.tokens:
+            raise UserError("--dump-tokens: nothing was generated, every row was there already; drop --resume")
         rows = sweep.tokens["ours"]
         prompts = batches[len(rows)]
         text_run.dump_tokens(args.dump_tokens, prompts, rows, StopRule(output_len, eos, ignore_eos=not eos))
+    ours, theirs = sweep.tokens.get("ours", []), sweep.tokens.get("hf", [])
+    if ours and len(ours) == len(theirs):
+        print(peer_sentence(exp.model, batches[len(ours)], theirs, ours, "hf"))
     return sweep
 
 

@@ -263,10 +263,26 @@ def output_dir(args: argparse.Namespace, script_file: str) -> Path:
 
 
 def typed_prompts(args: argparse.Namespace) -> list[str] | None:
-    """What `--prompt` or `--prompts` gave, or None when neither was typed."""
-    if args.prompt is not None:
-        return [args.prompt]
-    return read_prompts(args.prompts) if args.prompts is not None else None
+    """What `--prompt` or `--prompts` gave, or None when neither was typed; what it would ignore is refused."""
+    if args.prompt is None and args.prompts is None:
+        if args.raw:
+            raise UserError("--raw: goes with --prompt or --prompts only; a measurement uses no chat template")
+        return None
+    for name in ("resume", "compare", "padded", "separate"):
+        if getattr(args, name, None):
+            raise UserError(
+                f"--{name}: belongs to a measurement, and --prompt answers without one; leave one of them out"
+            )
+    return [args.prompt] if args.prompt is not None else read_prompts(args.prompts)
+
+
+def check_output_file(path: str, option: str) -> None:
+    """Refuse a file that could not be written, before anything is measured. `option` is named in the error."""
+    folder = Path(path).expanduser().resolve().parent
+    if Path(path).is_dir():
+        raise UserError(f"{option} {path}: is a folder; give a file's name")
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {path}: cannot write into {folder}; give a file in a folder you can write")
 
 
 def print_written(*paths: str | Path) -> None:

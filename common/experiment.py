@@ -74,6 +74,8 @@ class Experiment:
 def prepare(args: argparse.Namespace, script_file: str, presets: Mapping[str, Mapping[str, Any]]) -> Experiment:
     """Everything before the first measurement, cheapest refusals first. Raises UserError; writes nothing."""
     out = cli.output_dir(args, script_file)
+    if getattr(args, "dump_tokens", None):
+        cli.check_output_file(args.dump_tokens, "--dump-tokens")
     device = checkpoint.pick_device(args.device)
     dtype = checkpoint.pick_dtype(args.dtype, device)
     typed = cli.apply_preset(args, presets, device.type)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common import cli, text_run
+from common.equality import peer_sentence
 from common.errors import UserError
 from common.experiment import Experiment
 from common.generation import StepTimes, StopRule
@@ -30,7 +31,9 @@ class LengthSweep:
     tokens: dict[str, list[int]]
 
     def rows(self, engine: str = "ours") -> list[dict[str, Any]]:
-        return [row for row in self.file.rows if row.get("engine", engine) == engine]
+        """The rows of one engine, shortest first: --resume appends what was missing at the end of the file."""
+        rows = (row for row in self.file.rows if row.get("engine", engine) == engine)
+        return sorted(rows, key=lambda row: row["output_length"])
 
 
 def lengths_that_fit(exp: Experiment) -> list[int]:
@@ -74,9 +77,17 @@ def measure_lengths(exp: Experiment, name: str, columns: Sequence[str], generate
         if tokens.get("ours"):
             file.close(output_token_ids=tokens["ours"])
     if not file.rows:
-        raise KeyboardInterrupt
-    if args.dump_tokens and tokens.get("ours"):
+        if getattr(args, "interrupted", False):
+            raise KeyboardInterrupt
+        count = len(tokens["ours"])
+        raise UserError(f"--stop-at-eos: the text ended after {count} tokens; give --output-lengths of at most {count}")
+    if args.dump_tokens:
+        if not tokens.get("ours"):
+            raise UserError("--dump-tokens: nothing was generated, every row was there already; drop --resume")
         text_run.dump_tokens(args.dump_tokens, [prompt], [tokens["ours"]], StopRule(max(lengths), eos, not eos))
+    ours, theirs = tokens.get("ours", []), tokens.get("hf", [])
+    if ours and len(ours) == len(theirs):
+        print(peer_sentence(exp.model, [prompt], [theirs], [ours], "hf"))
     return LengthSweep(file, prompt, tokens)
 
 

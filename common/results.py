@@ -256,9 +256,10 @@ class ResultFile:
             self._provenance[_AT_CLOSE] = at_close
 
 
-def read_rows(path: str | Path, required: Sequence[str]) -> list[dict[str, Any]]:
+def read_rows(path: str | Path, required: Sequence[str], *, numbers: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Rows of a CSV with numbers parsed and empty cells None. UserError names the file and what is wrong with it.
 
+    required: columns that must be there. numbers: those of them whose cells must all be finite numbers.
     A last line without its newline was cut by a kill; it is left out, and stderr says so.
     """
     path = Path(path)
@@ -270,7 +271,12 @@ def read_rows(path: str | Path, required: Sequence[str]) -> list[dict[str, Any]]
     missing = [column for column in required if column not in header]
     if missing:
         raise UserError(f"{path}: no column {', '.join(missing)}; it has {', '.join(header) or 'none'}")
-    return [{column: _parse(cell) for column, cell in zip(header, cells)} for cells in rows]
+    parsed = [{column: _parse(cell) for column, cell in zip(header, cells)} for cells in rows]
+    for row in parsed:
+        for column in numbers:
+            if not isinstance(row[column], (int, float)) or not math.isfinite(row[column]):
+                raise UserError(f"{path}: {column} is {row[column]!r} in one row, not a number; measure again")
+    return parsed
 
 
 def rotate(path: Path) -> None:

@@ -22,15 +22,17 @@ def answer(exp: Experiment, prompts: Sequence[str], output_len: int, run: Run) -
     """Print what the model answers to each prompt, stopping at EOS unless --ignore-eos, and how fast it came."""
     args, tokenizer = exp.args, exp.tokenizer
     ids = [tokenizer.encode(text) if args.raw else tokenizer.chat(text) for text in prompts]
+    if "output_lengths" not in exp.typed:  # a preset's length gives way to a long prompt
+        room = exp.model.config.max_position_embeddings - max(map(len, ids))
+        output_len = max(1, min(output_len, room))
     for text, prompt in zip(prompts, ids):
         if not prompt:
             raise UserError(f"--prompt {text!r}: no tokens; give some text")
         exp.check_context(len(prompt), output_len, f"prompt {shown(text)}")
     stop = StopRule(output_len, tokenizer.eos_token_ids, ignore_eos=bool(args.ignore_eos))
     start = time.perf_counter()
-    outputs = run(
-        ids, stop, StepTimes(exp.model.device)
-    )  # may be several generations: the clock is read around them all
+    # May be several generations: the clock is read around them all.
+    outputs = run(ids, stop, StepTimes(exp.model.device))
     elapsed = time.perf_counter() - start
     for text, output in zip(prompts, outputs):
         print(f"\n> {shown(text)}\n{tokenizer.decode(output).strip()}")
