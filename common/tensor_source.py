@@ -136,8 +136,10 @@ def _open_shard(path: Path):
 class RandomSource:
     """Weights that depend only on (seed, tensor name, device type), whatever the dtype and the slice asked for.
 
-    Normal with standard deviation 0.02 (a fresh Llama's), norms one; "uniform" draws from +-1e-3 as vLLM's dummy loader
-    does, since the data set a GPU's power draw and so its clock. Made on the device itself: seconds for 8 billion.
+    Normal with standard deviation 0.02 (a fresh Llama's) or, in narrow models, 1 / sqrt(hidden_size): with less, their
+    attention has no say and greedy text repeats its last token whatever a bug does. Norms are one. "uniform" draws from
+    +-1e-3 as vLLM's dummy loader does, since the data set a GPU's power draw and so its clock. Made on the device
+    itself: seconds for 8 billion.
     """
 
     DISTRIBUTIONS = ("normal", "uniform")
@@ -146,6 +148,7 @@ class RandomSource:
     def __init__(self, config: ModelConfig, device: torch.device, seed: int, distribution: str, dtype: torch.dtype):
         self.bytes_read = 0
         self.device, self.seed, self.distribution, self.dtype = device, seed, distribution, dtype
+        self.deviation = max(0.02, config.hidden_size**-0.5)
         self._shapes = expected_shapes(config)
 
     def names(self) -> Iterable[str]:
@@ -175,4 +178,4 @@ class RandomSource:
         generator.manual_seed(int.from_bytes(digest, "little") >> 1)
         if self.distribution == "uniform":
             return torch.empty(shape, device=self.device).uniform_(-1e-3, 1e-3, generator=generator)
-        return torch.empty(shape, device=self.device).normal_(0.0, 0.02, generator=generator)
+        return torch.empty(shape, device=self.device).normal_(0.0, self.deviation, generator=generator)

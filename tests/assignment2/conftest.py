@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -37,4 +38,7 @@ def in_process(monkeypatch, capsys):
         out, err = capsys.readouterr()
         return exit_.value.code, out, err
 
-    return call
+    # As `run` does with OMP_NUM_THREADS: the number of threads is provenance, and --resume compares it.
+    torch.set_num_threads(1)
+    yield call
+    torch.set_num_threads(2)

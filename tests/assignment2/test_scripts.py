@@ -252,7 +252,8 @@ def test_resume_refuses_rows_measured_differently(measured, tmp_path, in_process
         shutil.copy(file, tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     code, _, err = in_process(name, *TINY, *changed, "--resume", "--out", tmp_path)
-    assert code == 2 and "--resume" in err and field in err and err.count("\n") == 1, err
+    last = err.splitlines()[-1]  # before it, perhaps, that the machine's ceilings are being measured
+    assert code == 2 and "--resume" in last and field in last and len(err.splitlines()) <= 2, err
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
@@ -338,11 +339,11 @@ def test_separate_times_every_length_on_its_own(in_process, tmp_path):
 
 
 def test_stop_at_eos_and_ignore_eos(in_process, tmp_path, monkeypatch):
-    """The tiny model's second greedy token is made its EOS: one row of two tokens, and a clear word where none fits."""
+    """The tiny model's third greedy token is made its EOS: one row of two tokens, and a clear word where none fits."""
     assert in_process("no_kv", *TINY, "--dump-tokens", tmp_path / "t.jsonl", "--out", tmp_path)[0] == 0
     (line,) = lines_of(tmp_path / "t.jsonl")
-    eos = line["output_token_ids"][1]
-    assert eos != line["output_token_ids"][0]
+    eos = line["output_token_ids"][2]
+    assert eos not in line["output_token_ids"][:2]
     import dataclasses
 
     from common.config import SHAPES
@@ -356,7 +357,7 @@ def test_stop_at_eos_and_ignore_eos(in_process, tmp_path, monkeypatch):
     assert lines_of(tmp_path / "s.jsonl")[0]["finish_reason"] == "stop"
     assert json.loads((out / "no_kv_times.json").read_text())["ignore_eos"] is False
     code, _, err = in_process("no_kv", *TINY, "--stop-at-eos", "--output-lengths", "4,8", "--out", tmp_path / "none")
-    assert code == 2 and "--stop-at-eos" in err and "2 tokens" in err and not (tmp_path / "none").exists()
+    assert code == 2 and "--stop-at-eos" in err and "3 tokens" in err and not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("name", MEASURING)
@@ -396,7 +397,7 @@ def test_raw_leaves_the_template_out(in_process, tmp_path):
         args = ["--model", "embedded", "--device", "cpu", "--preset", "quick", "--prompt", "12 and", *raw]
         assert in_process("single_batch", *args, "--output-lengths", 1, "--dump-tokens", dump)[0] == 0
         ids[bool(raw)] = lines_of(dump)[0]["prompt_token_ids"]
-    assert len(ids[True]) == 4  # "1", "2", " and": digits one by one, and no more than one further piece
+    assert len(ids[True]) == 3  # "1", "2", " and": digits one by one
     assert len(ids[False]) > 10 and any(ids[False][i : i + len(ids[True])] == ids[True] for i in range(len(ids[False])))
 
 

@@ -22,7 +22,7 @@ from common.peers import hf_state_dict
 from common.tensor_source import RandomSource, SafetensorsSource, expected_shapes
 
 CPU = torch.device("cpu")
-CONFIG = dataclasses.replace(SHAPES["tiny"], vocab_size=300)
+CONFIG = dataclasses.replace(SHAPES["tiny"], vocab_size=300, tie_word_embeddings=True)
 
 
 @pytest.fixture
@@ -239,6 +239,19 @@ def test_a_rank_holds_the_slices_of_the_same_tensors():
         assert torch.equal(w.down_proj.weight, whole[p + "mlp.down_proj.weight"][:, 50:])
     assert torch.equal(model.lm_head.weight, whole["lm_head.weight"][100:])
     assert torch.equal(model.embed_tokens, whole["model.embed_tokens.weight"])
+
+
+def test_greedy_text_of_random_weights_depends_on_all_of_its_context(tiny):
+    """Or every token-equality test on random weights would pass whatever a cache did: with narrow weights the text was
+    the last token over and over.
+    """
+    from common.equality import greedy_reference
+
+    prompts = [[(37 * i + 101 * j) % 512 for j in range(8)] for i in range(8)]
+    texts = [greedy_reference(tiny[0], prompt, 8) for prompt in prompts]
+    others = [greedy_reference(tiny[0], [(prompt[0] + 1) % 512, *prompt[1:]], 8) for prompt in prompts]
+    assert sum(a != b for a, b in zip(texts, others)) >= 6
+    assert sorted(len(set(text)) for text in texts)[4] >= 4
 
 
 def test_the_seed_of_a_random_model_counts_and_is_recorded():
