@@ -90,14 +90,7 @@ def build_parser(
         help="sizes: quick (at most 10 s), laptop (35 s on two cores), course (the handout's); "
         "auto is course on a GPU and laptop on a CPU",
     )
-    for name, help_text in (sweeps or {}).items():
-        help_text = help_text.replace("%", "%%")  # argparse formats help texts
-        if name.endswith("s"):
-            parser.add_argument(
-                name, type=_sweep, metavar="SWEEP", help=f"{help_text}: 1,2,4 or 128:2048:128 or 2^0..2^6"
-            )
-        else:
-            parser.add_argument(name, type=_one_size, metavar="N", help=help_text)
+    _add_sizes(parser, sweeps or {})
     parser.add_argument(
         "--out", type=_nonempty, metavar="DIR", help="where to write (default: results/ beside the script)"
     )
@@ -130,6 +123,17 @@ def build_plot_parser(doc: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _add_sizes(parser: argparse.ArgumentParser, sweeps: Mapping[str, str]) -> None:
+    for name, help_text in sweeps.items():
+        help_text = help_text.replace("%", "%%")  # argparse formats help texts
+        if name.endswith("s"):
+            parser.add_argument(
+                name, type=_sweep, metavar="SWEEP", help=f"{help_text}: 1,2,4 or 128:2048:128 or 2^0..2^6"
+            )
+        else:
+            parser.add_argument(name, type=_one_size, metavar="N", help=help_text)
 
 
 def _add_text_options(parser: argparse.ArgumentParser) -> None:
