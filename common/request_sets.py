@@ -40,26 +40,28 @@ def random_prompt(draw: random.Random, length: int, vocab_size: int) -> list[int
     return [draw.randrange(top) for _ in range(length)]
 
 
-def handout(count: int = 100, *, vocab_size: int = USED_VOCAB, seed: int = 0) -> list[InputRequest]:
-    """The set of continuous batching: input lengths U[1, 10], output lengths U[1, 128]."""
+def handout(
+    count: int = 100, *, vocab_size: int = USED_VOCAB, seed: int = 0, max_output: int = 128
+) -> list[InputRequest]:
+    """The set of continuous batching: input lengths U[1, 10], output lengths U[1, 128] (or up to `max_output`)."""
     draw = random.Random(seed)
     return [
         InputRequest(
-            prompt_token_ids=random_prompt(draw, draw.randint(1, 10), vocab_size), output_len=draw.randint(1, 128)
+            prompt_token_ids=random_prompt(draw, draw.randint(1, 10), vocab_size),
+            output_len=draw.randint(1, max_output),
         )
         for _ in range(count)
     ]
 
 
 def lognormal(
-    count: int = 100, *, vocab_size: int = USED_VOCAB, seed: int = 0, max_prompt: int | None = None
+    count: int = 100, *, vocab_size: int = USED_VOCAB, seed: int = 0, mean: float = 6.0, max_output: int = 512
 ) -> list[InputRequest]:
-    """The set of chunked prefill: lognormal(6.0, 0.7) in (at most `max_prompt`), U[1, 512] out."""
+    """The set of chunked prefill: input lengths lognormal(`mean`, 0.7), output lengths U[1, `max_output`]."""
     draw = random.Random(seed)
-    lengths = sample_lognormal_ints(count, 6.0, 0.7, high=max_prompt, seed=seed)
     return [
-        InputRequest(prompt_token_ids=random_prompt(draw, length, vocab_size), output_len=draw.randint(1, 512))
-        for length in lengths
+        InputRequest(prompt_token_ids=random_prompt(draw, length, vocab_size), output_len=draw.randint(1, max_output))
+        for length in sample_lognormal_ints(count, mean, 0.7, seed=seed)
     ]
 
 
@@ -83,23 +85,19 @@ def poisson_arrivals(requests: Sequence[InputRequest], rate: float, *, seed: int
 
 
 def load(
-    source: str,
-    *,
-    count: int | None = None,
-    vocab_size: int = USED_VOCAB,
-    seed: int = 0,
-    max_prompt: int | None = None,
+    source: str, *, count: int | None = None, vocab_size: int = USED_VOCAB, seed: int = 0, **shape: float
 ) -> list[InputRequest]:
     """The set called `source` (one of NAMES) or in the file `source`; `count` takes that many (of a file, the first).
 
-    Raises UserError for an unknown name, an empty set, and a malformed line (with its number).
+    `shape`: arguments of `handout` or `lognormal` that make a smaller set. Raises UserError for an unknown name, an
+    empty set, and a malformed line (with its number).
     """
     if count is not None and count < 1:
         raise UserError(f"--num-requests must be at least 1, not {count}")
     if source == "handout":
-        return handout(count or 100, vocab_size=vocab_size, seed=seed)
+        return handout(count or 100, vocab_size=vocab_size, seed=seed, **shape)
     if source == "lognormal":
-        return lognormal(count or 100, vocab_size=vocab_size, seed=seed, max_prompt=max_prompt)
+        return lognormal(count or 100, vocab_size=vocab_size, seed=seed, **shape)
     if source == "mix":
         if vocab_size < USED_VOCAB:
             raise UserError(f"--requests mix has ids up to 10000, the vocabulary has {vocab_size}: take another set")

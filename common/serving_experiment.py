@@ -9,7 +9,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,13 +24,11 @@ from common.step_loop import StepLoop
 PROGRESS_INTERVAL_S = 0.2
 
 
-def add_options(parser: argparse.ArgumentParser, *, default_set: str) -> None:
+def add_options(parser: argparse.ArgumentParser, default_set: str) -> None:
     """The options that both scripts have beside the shared ones."""
-    parser.add_argument("--requests", metavar="NAME|FILE", default=default_set, help=request_sets.HELP)
-    parser.add_argument(
-        "--num-requests", type=_at_least_one, metavar="N", help="how many of them (default: the preset's)"
-    )
-    parser.add_argument("--req-batch-size", type=_at_least_one, metavar="N", help="requests that run at once at most")
+    parser.add_argument("--requests", metavar="NAME|FILE", help=f"{request_sets.HELP} (default: {default_set})")
+    parser.add_argument("--num-requests", type=at_least_one, metavar="N", help="how many of them (default: all)")
+    parser.add_argument("--req-batch-size", type=at_least_one, metavar="N", help="requests that run at once at most")
     parser.add_argument(
         "--rate", type=_positive_number, metavar="R", help="Poisson arrivals, R a second (else at once)"
     )
@@ -39,20 +37,20 @@ def add_options(parser: argparse.ArgumentParser, *, default_set: str) -> None:
     parser.add_argument("--stop-at-eos", action="store_true", help="end at end-of-text (else by length alone)")
     parser.add_argument("--dump-tokens", metavar="FILE", help="write the token ids of the last policy as JSON lines")
     parser.add_argument(
-        "--page-size", type=_at_least_one, metavar="N", default=16, help="tokens a KV page (default: 16)"
+        "--page-size", type=at_least_one, metavar="N", default=16, help="tokens a KV page (default: 16)"
     )
-    parser.add_argument("--kv-pages", type=_at_least_one, metavar="N", help="KV pages (default: what memory allows)")
+    parser.add_argument("--kv-pages", type=at_least_one, metavar="N", help="KV pages (default: what memory allows)")
     parser.add_argument(
         "--simulate",
         metavar="MACHINE[:SHAPE]",
         help="step times from a roofline: h200, cpu2 or a roofline.json, :SHAPE",
     )
     parser.add_argument(
-        "--replicas", type=_at_least_one, metavar="N", default=1, help="simulated machines behind a router"
+        "--replicas", type=at_least_one, metavar="N", default=1, help="simulated machines behind a router"
     )
 
 
-def _at_least_one(text: str) -> int:
+def at_least_one(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) < 10**12:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
@@ -73,37 +71,36 @@ def _positive_number(text: str) -> float:
 class Setup:
     """What the schedulers run on. `facts` go into the provenance, `suffix` into the names of the files."""
 
+    out: Path
     engines: list[StepEngine]
     config: ModelConfig
     ceiling: simulate.StepModel
     facts: dict
     encode: Callable[[str], list[int]]
+    dtype: str
+    device_type: str
     eos_token_ids: tuple[int, ...] = ()
     suffix: str = ""
-    model: object = None  # for --compare
-    device_type: str = "cpu"
+    model: object = None  # the real one, to judge tokens by and for --compare
 
 
-def device_type(args: argparse.Namespace) -> str:
-    """What the preset is chosen by; a simulation costs next to nothing and has the course's sizes."""
+def prepare(args: argparse.Namespace, script_file: str, presets: Mapping[str, Mapping], *, max_tokens: int | None):
+    """Everything before the first measurement: a Setup with the real engine, or with simulated ones.
+
+    `max_tokens`: the most that one step computes, None for whole prompts. Presets give sizes for names that were not
+    typed; a simulation costs next to nothing and has the course's.
+    """
     if args.simulate:
-        return "cuda"
-    from common.checkpoint import pick_device
-
-    return pick_device(args.device).type
-
-
-def open_setup(args: argparse.Namespace, *, max_tokens: int | None) -> Setup:
-    """The real engine, or the simulated ones. `max_tokens`: the most that one step computes, None for whole prompts."""
-    if args.simulate:
-        return _open_simulated(args)
+        return _open_simulated(args, script_file, presets)
     if args.replicas != 1:
         raise UserError(f"--replicas {args.replicas} needs --simulate: one real machine serves as one replica")
-    return _open_real(args, max_tokens)
+    return _open_real(args, script_file, presets, max_tokens)
 
 
-def _open_simulated(args: argparse.Namespace) -> Setup:
+def _open_simulated(args: argparse.Namespace, script_file: str, presets: Mapping[str, Mapping]) -> Setup:
     machine, shape = simulate.parse(args.simulate)
+    out = cli.output_dir(args, script_file)
+    cli.apply_preset(args, presets, "cuda")
     config = SHAPES[shape]
     model = simulate.StepModel(machine, config)
     engines: list[StepEngine] = [
@@ -111,32 +108,54 @@ def _open_simulated(args: argparse.Namespace) -> Setup:
     ]
     print(
         f"simulated: {shape} in {machine.dtype} on {machine.name} ({machine.memory_gb_per_s:,.0f} GB/s, "
-        f"{machine.tflops:g} TFLOP/s, {machine.overhead_s * 1e6:,.0f} us a step), x{args.replicas}"
+        f"{machine.tflops:g} TFLOP/s, {machine.overhead_s * 1e6:,.0f} us a step), {args.replicas} of it, "
+        f"{engines[0].num_free_pages:,} pages of {args.page_size} tokens"
     )
     facts = {
-        "model": shape, "device": "cpu", "device_name": f"simulated {machine.name}", "dtype": machine.dtype,
-        "backend": "simulated", "shapes": config, "machine": machine, "page_size": args.page_size,
-        "kv_pages": engines[0].num_free_pages, "replicas": args.replicas,
-    }  # fmt: skip
-    # Without a tokenizer only the length of a text matters: about four characters a token.
-    return Setup(engines, config, model, facts, lambda text: [0] * max(1, len(text) // 4), suffix="_simulated")
+        "model": shape,
+        "device": "cpu",
+        "device_name": f"simulated: {machine.name} x{args.replicas}",
+        "dtype": machine.dtype,
+        "backend": "simulated",
+        "shapes": config,
+        "machine": machine,
+        "page_size": args.page_size,
+        "kv_pages": engines[0].num_free_pages,
+    }
+    return Setup(
+        out=out,
+        engines=engines,
+        config=config,
+        ceiling=model,
+        facts=facts,
+        # Without a tokenizer only the length of a text matters: about four characters a token.
+        encode=lambda text: [0] * max(1, len(text) // 4),
+        dtype=machine.dtype,
+        device_type="simulated",
+        suffix="_simulated",
+    )
 
 
-def _open_real(args: argparse.Namespace, max_tokens: int | None) -> Setup:
+def _open_real(
+    args: argparse.Namespace, script_file: str, presets: Mapping[str, Mapping], max_tokens: int | None
+) -> Setup:
     raise UserError("the engine is not here yet: use --simulate")
 
 
 # --- requests --------------------------------------------------------------------------------------------------------
-def read_requests(args: argparse.Namespace, setup: Setup, **shape) -> list[InputRequest]:
-    """The one fixed set that every policy gets, with token ids, arrival times and targets checked.
+def read_requests(
+    args: argparse.Namespace, setup: Setup, default_set: str, shapes: Mapping[str, Mapping]
+) -> list[InputRequest]:
+    """The one fixed set that every policy gets: what `--requests` names, whole, or the script's own in a size that the
+    preset allows (`shapes`: preset -> arguments of request_sets.load).
 
-    `shape`: what a preset changes in a named set (request_sets.load). A text past the context is refused here, a length
-    in a trace only by the scheduler: a trace is not made for one model.
+    A text past the context is refused here, a length in a trace only by the scheduler: no trace is made for one model.
     """
     config = setup.config
-    requests = request_sets.load(
-        args.requests, count=args.num_requests, vocab_size=config.vocab_size, seed=args.seed, **shape
-    )
+    shape = {} if args.requests else dict(shapes[args.preset])
+    args.requests = args.requests or default_set
+    shape["count"] = args.num_requests or shape.get("count")
+    requests = request_sets.load(args.requests, vocab_size=config.vocab_size, seed=args.seed, **shape)
     for number, request in enumerate(requests):
         request.ignore_eos = not args.stop_at_eos
         if request.prompt_token_ids is None:
@@ -264,16 +283,22 @@ class Progress:
 
 
 # --- afterwards ------------------------------------------------------------------------------------------------------
-def check_same_tokens(runs: Sequence[Run], dtype: str) -> None:
-    """Whatever the schedule, a request must give the same tokens. In float32 at most 1 % may differ (where two logits
-    are nearly equal, sums in another order decide); in half precision differences are counted and said."""
+def check_same_tokens(setup: Setup, runs: Sequence[Run]) -> None:
+    """Whatever the schedule, a request gives the same tokens; CheckFailed if not, but for near-ties."""
     for run in runs[1:]:
-        pairs = list(zip(runs[0].requests, run.requests))
-        differ = sum(a.output_token_ids != b.output_token_ids for a, b in pairs)
-        names = f"{runs[0].policy.label} and {run.policy.label}"
-        print(f"tokens: {len(pairs) - differ} of {len(pairs)} requests equal under {names}")
-        if dtype == "float32" and differ > len(pairs) / 100:
-            raise CheckFailed(f"{differ} of {len(pairs)} requests gave other tokens under {names}")
+        pairs = [(a, b) for a, b in zip(runs[0].requests, run.requests) if a.token_times]
+        what = f"{run.policy.label} against {runs[0].policy.label}"
+        prompts, expected, got = (
+            [a.prompt_token_ids for a, _ in pairs],
+            [a.output_token_ids for a, _ in pairs],
+            [b.output_token_ids for _, b in pairs],
+        )
+        if setup.model is not None:
+            from common.equality import require_equal
+
+            print(require_equal(setup.model, prompts, expected, got, what))
+        elif expected != got:
+            raise CheckFailed(f"{what}: other tokens")
 
 
 def dump_tokens(path: str, run: Run) -> None:
@@ -301,3 +326,33 @@ def say_refused(run: Run) -> None:
         print(f"request {request.request_id} refused: {request.refusal}")
     if len(refused) > 3:
         print(f"... and {len(refused) - 3} more refused")
+
+
+def report(args: argparse.Namespace, setup: Setup, files: Files, runs: Sequence[Run], columns: Sequence[str]) -> None:
+    """The table, the files, what was refused, the tokens: everything but what it means."""
+    columns = [*columns, *(["engine"] if args.compare else [])]
+    cli.print_table(files.summary.rows, [c for c in columns if any(row[c] is not None for row in files.summary.rows)])
+    cli.print_written(*(file.path for file in files.all))
+    if runs:
+        say_refused(runs[-1])
+        if args.dump_tokens:
+            dump_tokens(args.dump_tokens, runs[-1])
+
+
+def check(setup: Setup, files: Files, runs: Sequence[Run]) -> None:
+    """Same tokens under every policy, and no figure above the roofline of its own steps. Raises CheckFailed."""
+    check_same_tokens(setup, runs)
+    for row in files.summary.rows:
+        if row[results.SUSPECT]:
+            ceiling = row["ceiling_tokens_per_s"]
+            what = f"{row['policy']}: {row['tokens_per_s']:.4g} tokens/s, the roofline allows {ceiling:.4g}"
+            if setup.device_type == "cuda":
+                raise CheckFailed(what)
+            print(f"note: {what} (ceilings of a CPU wander)")
+
+
+def compare(args: argparse.Namespace, setup: Setup, given: Sequence[InputRequest], files: Files) -> None:
+    """Peers on the same requests, where they can run; otherwise a line that says why not."""
+    for name in args.compare:
+        if setup.model is None:
+            print(f"--compare {name}: left out, a simulated machine has no weights")

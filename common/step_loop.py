@@ -194,8 +194,9 @@ class StepLoop:
     # Launching and reading
 
     def _take_arrivals(self) -> None:
-        now = self.now()
-        while self.arriving and self.arriving[0][0] <= now:
+        now = self.engine.now()
+        # Compared as `_wait_for_arrival` waits: `now - start_s` may round to just before an arrival for ever.
+        while self.arriving and self.start_s + self.arriving[0][0] <= now:
             self.waiting.append(heapq.heappop(self.arriving)[2])
 
     def _wait_for_arrival(self) -> None:

@@ -51,8 +51,10 @@ def test_ids_are_in_the_vocabulary(name, vocab):
     assert min(ids) >= 0 and max(ids) < min(vocab, 10_001)
 
 
-def test_max_prompt_clips_lognormal_prompts_only():
-    assert max(lengths(request_sets.load("lognormal", max_prompt=500))[0]) == 500
+def test_shapes_make_smaller_sets():
+    prompts, outputs = lengths(request_sets.load("lognormal", count=2000, mean=3.0, max_output=9))
+    assert abs(statistics.median(prompts) - math.e**3) < 1.5 and set(outputs) == set(range(1, 10))
+    assert set(lengths(request_sets.load("handout", count=2000, max_output=9))[1]) == set(range(1, 10))
 
 
 def test_count():

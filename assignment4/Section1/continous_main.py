@@ -1,0 +1,169 @@
+"""What is gained when a request may enter the batch as soon as another leaves it?
+
+Three policies serve the same requests with the same number of slots: static batches whose finished rows go on computing
+(naive), static batches whose finished rows are dropped, and continuous batching (continous_scheduler.py). The engine,
+the weights and the tokens that come out are the same; only who is computed when differs.
+
+Writes results/continous_{requests,iterations,slots,summary}.csv and continous_comparison.png: throughput beside what
+the roofline allows for the steps of each policy, the distribution of latencies, and who holds which slot when.
+
+    python assignment4/Section1/continous_main.py
+    python assignment4/Section1/continous_main.py --simulate h200:llama3-8b --requests mix --req-batch-size 128
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from assignment4.Section1.continous_scheduler import NaiveScheduler, Scheduler
+from common import cli, results
+from common import serving_experiment as experiment
+from common.serving_files import SLOT_COLUMNS, SUMMARY_COLUMNS, Files, Policy
+
+PRESETS = {
+    "quick": {"req_batch_size": 3, "repeats": 1},
+    "laptop": {"req_batch_size": 10, "repeats": 1},
+    "course": {"req_batch_size": 10, "repeats": 1},
+}
+REQUESTS = "handout"
+SET_SHAPES = {"quick": {"count": 8, "max_output": 12}, "laptop": {"count": 30}, "course": {"count": 100}}
+NAIVE, DROPPED, CONTINUOUS = "naive", "naive, rows dropped", "continuous"
+IDLE = {"facecolor": "#D9D9D9", "edgecolor": "#999999"}
+SHOWN_COLUMNS = (
+    *("policy", "requests", "output_tokens", "time", "tokens_per_s", "ttft_p50_s", "tpot_p50_s", "latency_p50_s"),
+    *("latency_p99_s", "goodput", "mean_running", "pages_peak", "preemptions"),
+)
+
+
+def main(args):
+    setup = experiment.prepare(args, __file__, PRESETS, max_tokens=None)
+    requests = experiment.read_requests(args, setup, REQUESTS, SET_SHAPES)
+    slots = args.req_batch_size
+    policies = [
+        Policy(NAIVE, partial(NaiveScheduler, req_batch_size=slots, drop_finished=False)),
+        Policy(DROPPED, partial(NaiveScheduler, req_batch_size=slots, drop_finished=True)),
+        Policy(CONTINUOUS, partial(Scheduler, req_batch_size=slots)),
+    ]
+    record = results.provenance(args, **setup.facts)
+    files = Files(setup.out, "continous", setup.suffix, record, resume=args.resume, compare=bool(args.compare))
+    runs = []
+    with cli.keep_partial(args):
+        runs = experiment.serve_all(policies, setup, requests, args, files)
+        experiment.compare(args, setup, requests, files)
+    files.close()
+    if not files.summary.rows:
+        return
+    experiment.report(args, setup, files, runs, SHOWN_COLUMNS)
+    print(in_words(files.summary.rows))
+    if not args.no_plot:
+        cli.print_written(draw(files.summary.path, files.requests.path, files.slots.path))
+    experiment.check(setup, files, runs)
+
+
+def in_words(rows):
+    """What the summary means, for the policies that are in it."""
+    by_name = {row["policy"]: row for row in rows}
+    now = by_name.get(CONTINUOUS)
+    sentences = []
+    for name in (NAIVE, DROPPED):
+        before = by_name.get(name)
+        if before and now:
+            sentences.append(
+                f"continuous served the {now['requests']} requests in {now['time']:.2f} s instead of "
+                f"{before['time']:.2f} s ({name}): {now['tokens_per_s'] / before['tokens_per_s']:.2f}x the throughput"
+            )
+    if now:
+        sentences.append(f"on average {now['mean_running']:.1f} requests were computed in a step")
+    if by_name.get(NAIVE):
+        before = by_name[NAIVE]
+        wasted = 1 - before["output_tokens"] / before["rows_computed"]
+        sentences.append(f"of the rows that naive computed, {wasted:.0%} belonged to requests that had ended")
+    return "; ".join(sentences) + "."
+
+
+# --- the figure, from the CSVs alone ---------------------------------------------------------------------------------
+def draw(summary_csv, requests_csv, slots_csv):
+    from common import plots
+
+    summary = results.read_rows(summary_csv, SUMMARY_COLUMNS)
+    requests = results.read_rows(requests_csv, ["policy", "latency_s"])
+    holds = results.read_rows(slots_csv, SLOT_COLUMNS)
+    simulated = " (simulated)" if "_simulated" in summary_csv.name else ""
+    fig, axes = plots.new_figure(f"Who may enter the batch, and when?{simulated}", panels=4)
+    bottom = axes[2].get_gridspec()[1, :]
+    axes[2].remove(), axes[3].remove()
+    colours = {row["policy"]: plots.COLOURS[i % len(plots.COLOURS)] for i, row in enumerate(summary)}
+    draw_throughput(axes[0], summary, colours)
+    draw_latency(axes[1], requests, colours)
+    draw_timeline(fig.add_subplot(bottom), holds, list(colours))
+    png = summary_csv.with_name(summary_csv.name.replace("_summary", "_comparison")).with_suffix(".png")
+    return plots.save(fig, png, plots.footer(summary_csv))
+
+
+def draw_throughput(ax, summary, colours):
+    """Bars, each with the roofline of its own steps above it."""
+    from common.plots import CEILING_COLOUR
+
+    for i, row in enumerate(summary):
+        ax.bar(i, row["tokens_per_s"], 0.6, color=colours[row["policy"]])
+        ax.annotate(f"{row['tokens_per_s']:,.4g}", (i, row["tokens_per_s"]), ha="center", va="bottom")
+        if row["ceiling_tokens_per_s"]:
+            label = "roofline of the same steps" if i == 0 else None
+            ceiling = row["ceiling_tokens_per_s"]
+            ax.plot([i - 0.38, i + 0.38], [ceiling] * 2, "--", color=CEILING_COLOUR, label=label)
+    ax.set_xticks(range(len(summary)), [row["policy"].replace(", ", ",\n") for row in summary])
+    top = max(max(row["tokens_per_s"], row["ceiling_tokens_per_s"] or 0) for row in summary)
+    ax.set(ylabel="output tokens/s", title="throughput", ylim=(0, 1.3 * top))
+    ax.grid(axis="x", visible=False)
+
+
+def draw_latency(ax, requests, colours):
+    """Share of the requests that have ended within a time after their arrival."""
+    for policy, colour in colours.items():
+        values = sorted(r["latency_s"] for r in requests if r["policy"] == policy and r["latency_s"] is not None)
+        shares = [100 * (i + 1) / len(values) for i in range(len(values))]
+        ax.step([0, *values], [0, *shares], where="post", color=colour, label=policy)
+    ax.set(xlabel="latency: last token - arrival, seconds", ylabel="requests ended, %", title="latency", ylim=(0, 101))
+
+
+def draw_timeline(ax, holds, policies):
+    """A band of slots for each policy; colours tell neighbouring requests apart, grey is a slot that idles."""
+    from matplotlib.patches import Patch
+
+    from common.plots import COLOURS
+
+    holds = [h for h in holds if h["replica"] == 0 and h["policy"] in policies]
+    slots = 1 + max(h["slot"] for h in holds)
+    until = timeline_end(holds, slots)
+    for band, policy in enumerate(policies):
+        for h in holds:
+            if h["policy"] != policy or h["start_s"] >= until:
+                continue
+            y = band * (slots + 1.5) + h["slot"]
+            busy = min(h["finish_s"], until) - h["start_s"]
+            ax.broken_barh([(h["start_s"], busy)], (y + 0.05, 0.9), color=COLOURS[h["request"] % 6])
+            idle = min(h["release_s"], until) - h["finish_s"]
+            if policy != CONTINUOUS and idle > 0:
+                ax.broken_barh([(h["finish_s"], idle)], (y + 0.05, 0.9), **IDLE)
+    middles = [band * (slots + 1.5) + slots / 2 for band in range(len(policies))]
+    ax.set_yticks(middles, [policy.replace(", ", ",\n") for policy in policies])
+    ax.invert_yaxis()
+    ax.set(xlabel="seconds", xlim=(0, until), title=f"who holds which of the {slots} slots: a colour a request")
+    ax.legend(handles=[Patch(**IDLE, label="ended, but the slot is kept")], loc="lower right")
+    ax.grid(axis="y", visible=False)
+
+
+def timeline_end(holds, slots):
+    """The whole run, or as much of it as can be seen: about twelve requests a slot of the slowest policy."""
+    end = max(h["release_s"] for h in holds)
+    starts = sorted(h["start_s"] for h in holds)
+    most = 12 * slots * len({h["policy"] for h in holds})
+    return end if len(starts) <= most else starts[most]
+
+
+if __name__ == "__main__":
+    parser = cli.build_parser(__doc__, compare=("hf", "vllm"))
+    experiment.add_options(parser, REQUESTS)
+    cli.run(main, parser)
