@@ -82,6 +82,7 @@ class Engine:
         self.max_context = model.config.max_position_embeddings
         self.max_requests = max_requests
         reserve_memory(self.backend, model.device)
+        self.is_asynchronous = model.device.type == "cuda"  # a CPU computes the step while it is launched
         if num_pages is None:
             num_pages = self._pages_that_fit(kv_memory, max_step_tokens)
         self._check_fits(num_pages)

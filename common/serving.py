@@ -218,6 +218,7 @@ class StepEngine(Protocol):
 
     page_size: int
     max_context: int  # tokens that one request may have
+    is_asynchronous: bool  # whether `launch` returns before the step is computed
 
     @property
     def num_free_pages(self) -> int: ...
@@ -292,6 +293,7 @@ class InstantEngine:
         self.pool = PageAllocator(num_pages, page_size)
         self.page_size = page_size
         self.max_context = max_context
+        self.is_asynchronous = True
         self.step_s = step_s
         self.vocab = vocab
         self._now_s = 0.0

@@ -19,9 +19,10 @@ from common.errors import CheckFailed, UserError
 from common.serving import InputRequest, Request, StepEngine
 from common.serving_files import Files, Policy, Run
 from common.serving_metrics import summarise
-from common.step_loop import StepLoop
+from common.step_loop import MAX_PROMPT_TOKENS, StepLoop
 
 PROGRESS_INTERVAL_S = 0.2
+BACKENDS = ("auto", "torch", "triton", "flashinfer")
 
 
 def add_options(parser: argparse.ArgumentParser, default_set: str) -> None:
@@ -29,17 +30,17 @@ def add_options(parser: argparse.ArgumentParser, default_set: str) -> None:
     parser.add_argument("--requests", metavar="NAME|FILE", help=f"{request_sets.HELP} (default: {default_set})")
     parser.add_argument("--num-requests", type=at_least_one, metavar="N", help="how many of them (default: all)")
     parser.add_argument("--req-batch-size", type=at_least_one, metavar="N", help="requests that run at once at most")
-    parser.add_argument(
-        "--rate", type=_positive_number, metavar="R", help="Poisson arrivals, R a second (else at once)"
-    )
-    parser.add_argument("--slo-ttft", type=_positive_number, metavar="S", help="target for the first token, in seconds")
-    parser.add_argument("--slo-tpot", type=_positive_number, metavar="S", help="target for a later token, in seconds")
+    parser.add_argument("--rate", type=positive_number, metavar="R", help="Poisson arrivals, R a second (else at once)")
+    parser.add_argument("--slo-ttft", type=positive_number, metavar="S", help="target for the first token, in seconds")
+    parser.add_argument("--slo-tpot", type=positive_number, metavar="S", help="target for a later token, in seconds")
     parser.add_argument("--stop-at-eos", action="store_true", help="end at end-of-text (else by length alone)")
     parser.add_argument("--dump-tokens", metavar="FILE", help="write the token ids of the last policy as JSON lines")
     parser.add_argument(
         "--page-size", type=at_least_one, metavar="N", default=16, help="tokens a KV page (default: 16)"
     )
     parser.add_argument("--kv-pages", type=at_least_one, metavar="N", help="KV pages (default: what memory allows)")
+    parser.add_argument("--kv-memory", type=share, metavar="F", help="or KV pages for this share of what is free")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="attention over pages (default: auto)")
     parser.add_argument(
         "--simulate",
         metavar="MACHINE[:SHAPE]",
@@ -56,13 +57,20 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
-def _positive_number(text: str) -> float:
+def positive_number(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def share(text: str) -> float:
+    value = positive_number(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share: above 0, at most 1")
     return value
 
 
@@ -84,17 +92,16 @@ class Setup:
     model: object = None  # the real one, to judge tokens by and for --compare
 
 
-def prepare(args: argparse.Namespace, script_file: str, presets: Mapping[str, Mapping], *, max_tokens: int | None):
+def prepare(args: argparse.Namespace, script_file: str, presets: Mapping[str, Mapping]) -> "Setup":
     """Everything before the first measurement: a Setup with the real engine, or with simulated ones.
 
-    `max_tokens`: the most that one step computes, None for whole prompts. Presets give sizes for names that were not
-    typed; a simulation costs next to nothing and has the course's.
+    Presets give the sizes that were not typed; a simulation costs next to nothing and has the course's.
     """
     if args.simulate:
         return _open_simulated(args, script_file, presets)
     if args.replicas != 1:
         raise UserError(f"--replicas {args.replicas} needs --simulate: one real machine serves as one replica")
-    return _open_real(args, script_file, presets, max_tokens)
+    return _open_real(args, script_file, presets)
 
 
 def _open_simulated(args: argparse.Namespace, script_file: str, presets: Mapping[str, Mapping]) -> Setup:
@@ -127,7 +134,7 @@ def _open_simulated(args: argparse.Namespace, script_file: str, presets: Mapping
         engines=engines,
         config=config,
         ceiling=model,
-        facts=facts,
+        facts=results.provenance(args, **facts),
         # Without a tokenizer only the length of a text matters: about four characters a token.
         encode=lambda text: [0] * max(1, len(text) // 4),
         dtype=machine.dtype,
@@ -136,10 +143,35 @@ def _open_simulated(args: argparse.Namespace, script_file: str, presets: Mapping
     )
 
 
-def _open_real(
-    args: argparse.Namespace, script_file: str, presets: Mapping[str, Mapping], max_tokens: int | None
-) -> Setup:
-    raise UserError("the engine is not here yet: use --simulate")
+def _open_real(args: argparse.Namespace, script_file: str, presets: Mapping[str, Mapping]) -> Setup:
+    from common.engine import Engine
+    from common.experiment import prepare as prepare_model
+
+    ready = prepare_model(args, script_file, presets)
+    engine = Engine(
+        ready.model,
+        backend=args.backend,
+        page_size=args.page_size,
+        num_pages=args.kv_pages,
+        kv_memory=args.kv_memory,
+        max_requests=2 * args.req_batch_size,  # those of a step, and those whose last token is still to be read
+        max_step_tokens=MAX_PROMPT_TOKENS + args.req_batch_size,
+    )
+    print(engine.describe_pool())
+    machine = simulate.machine_of(ready.ceilings, ready.dtype_name)
+    facts = ready.provenance(backend=engine.backend.name, page_size=engine.page_size, kv_pages=engine.num_free_pages)
+    return Setup(
+        out=ready.out,
+        engines=[engine],
+        config=ready.model.config,
+        ceiling=simulate.StepModel(machine, ready.model.config),
+        facts=facts,
+        encode=ready.tokenizer.chat,
+        dtype=ready.dtype_name,
+        device_type=ready.model.device.type,
+        eos_token_ids=ready.tokenizer.eos_token_ids,
+        model=ready.model,
+    )
 
 
 # --- requests --------------------------------------------------------------------------------------------------------

@@ -20,12 +20,13 @@ small models, attention kernels that are slow on few long rows. Check it on your
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from common import cli, results
 from common.config import SHAPES, ModelConfig
 from common.errors import UserError
+from common.roofline import Ceilings
 from common.serving import Chunk, InstantEngine, Work
 
 CORNER = 1.5
@@ -76,22 +77,28 @@ def parse(text: str) -> tuple[Machine, str]:
     return machine, shape or DEFAULT_SHAPE.get(source, fallback)
 
 
+def machine_of(known: Ceilings, dtype: str) -> Machine:
+    """A machine from its measured ceilings; its memory and its overhead are guesses, of the same kind of machine."""
+    on_gpu = known.device_type == "cuda"
+    return Machine(
+        name=known.device_name,
+        memory_gb_per_s=known.memory_gb_per_s(),
+        tflops=known.peak_tflops(dtype, "sustained"),
+        dtype=dtype,
+        memory_gb=80.0 if on_gpu else 8.0,
+        overhead_s=MACHINES["h200" if on_gpu else "cpu2"].overhead_s,
+    )
+
+
 def _machine_of_file(path: Path) -> Machine:
     record = results.read_json(path) or {}
     record = record.get("ceilings") or record
+    names = {field.name for field in fields(Ceilings)}
     try:
-        on_gpu = record["device_type"] == "cuda"
-        dtype = "bfloat16" if on_gpu and "bfloat16" in record["tflops"] else next(iter(record["tflops"]))
-        rates = record["read_gb_per_s"], record["copy_gb_per_s"]
-        return Machine(
-            name=record["device_name"],
-            memory_gb_per_s=float(rates[0] if on_gpu else max(rates)),
-            tflops=float(record["tflops"][dtype]["sustained"]),
-            dtype=dtype,
-            memory_gb=80.0 if on_gpu else 8.0,
-            overhead_s=MACHINES["h200" if on_gpu else "cpu2"].overhead_s,
-        )
-    except (KeyError, TypeError, ValueError, StopIteration):
+        known = Ceilings(**{name: value for name, value in record.items() if name in names})
+        half = known.device_type == "cuda" and "bfloat16" in known.tflops
+        return machine_of(known, "bfloat16" if half else next(iter(known.tflops)))
+    except (AttributeError, KeyError, TypeError, StopIteration):
         raise UserError(
             f"--simulate {path}: no measured ceilings in it; write one with python -m common.roofline"
         ) from None

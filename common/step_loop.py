@@ -7,6 +7,8 @@
 One step is in flight beyond the one being read, so the device never waits for Python. What that costs: a request that
 ends by a token (EOS, a stop string) has one more token computed, which is dropped, and its pages go back when that step
 has been read. A request that ends by its length is foreseen and costs nothing.
+
+An engine that computes while it launches (a CPU) has nothing to overlap: each of its steps is read at once.
 """
 
 import heapq
@@ -17,6 +19,8 @@ from typing import NamedTuple
 
 from common.pages import pages_for
 from common.serving import Chunk, InputRequest, Request, Step, StepEngine, Work
+
+MAX_PROMPT_TOKENS = 8192  # of whole prompts in one step, where a policy does not cut them: what a step's memory is for
 
 
 class Flight(NamedTuple):
@@ -167,7 +171,8 @@ class StepLoop:
             self._launch(chunks)
         elif not self.in_flight:
             self._wait_for_arrival()
-        if len(self.in_flight) > bool(chunks):
+        behind = 1 if chunks and self.engine.is_asynchronous else 0
+        if len(self.in_flight) > behind:
             self.read_step()
 
     def close(self) -> None:

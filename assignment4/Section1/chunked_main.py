@@ -49,11 +49,11 @@ SHOWN_COLUMNS = (
 
 
 def main(args):
-    setup = experiment.prepare(args, __file__, PRESETS, max_tokens=None)
+    setup = experiment.prepare(args, __file__, PRESETS)
     requests = experiment.read_requests(args, setup, REQUESTS, SET_SHAPES)
     whole = Policy(CONTINUOUS, partial(ContinuousScheduler, req_batch_size=args.req_batch_size))
     pieces = chunked_policy(args, args.token_batch_size)
-    record = results.provenance(args, **setup.facts)
+    record = setup.facts
     files = Files(setup.out, "chunked", setup.suffix, record, resume=args.resume, compare=bool(args.compare))
     budgets = results.ResultFile(
         setup.out, f"chunked_budgets{setup.suffix}", BUDGET_COLUMNS, record, key=BUDGET_KEY, resume=args.resume
@@ -142,8 +142,10 @@ def png_name(summary_csv, name):
     return summary_csv.with_name(summary_csv.name.replace("_summary", name)).with_suffix(".png")
 
 
-def simulated(path):
-    return " (simulated)" if "_simulated" in path.name else ""
+def of_what(path, text=""):
+    """What a title says in brackets."""
+    facts = [*(["simulated"] if "_simulated" in path.name else []), *([text] if text else [])]
+    return f" ({', '.join(facts)})" if facts else ""
 
 
 def draw_iterations(summary_csv, requests_csv, iterations_csv):
@@ -154,7 +156,7 @@ def draw_iterations(summary_csv, requests_csv, iterations_csv):
     wanted = shown_policies(summary)
     iterations = results.read_rows(iterations_csv, ITERATION_COLUMNS)
     requests = results.read_rows(requests_csv, REQUEST_COLUMNS)
-    title = f"A long prompt, whole or in pieces: how long do the others wait?{simulated(summary_csv)}"
+    title = f"A long prompt, whole or in pieces: how long do the others wait?{of_what(summary_csv)}"
     fig, axes = plots.new_figure(title, panels=4)
     scatters = [(key, ax) for key, ax in zip(wanted, axes)]
     for key, ax in scatters:
@@ -222,6 +224,7 @@ def draw_gap_percentiles(ax, summary, wanted):
             )
     ax.set_xticks(range(len(columns)), list(columns))
     ax.set(ylabel="gap between tokens, ms (log)", title="all gaps", yscale="log")
+    plain_ticks(ax.yaxis)
     ax.grid(axis="x", visible=False)
 
 
@@ -232,16 +235,16 @@ def draw_budgets(budgets_csv):
     summary = results.read_rows(budgets_csv, BUDGET_COLUMNS)
     chunked = sorted((r for r in summary if r["policy"] == CHUNKED), key=lambda r: r["token_budget"])
     whole = next((r for r in summary if r["policy"] == CONTINUOUS), None)
-    rate = f"requests arriving at {summary[0]['rate']:.3g} a second"
-    title = f"What does the token budget trade?{simulated(budgets_csv)} ({rate})"
+    arrivals = f"requests arriving at {summary[0]['rate']:.3g} a second"
+    title = f"What does the token budget trade?{of_what(budgets_csv, arrivals)}"
     fig, axes = plots.new_figure(title, panels=4)
     budgets = [r["token_budget"] for r in chunked]
-    panels = {
-        axes[0]: ("first token (TTFT), s", "ttft_p50_s", "ttft_p90_s", 1),
-        axes[1]: ("gap between tokens (ITL), ms", "itl_p50_s", "itl_p99_s", 1e3),
-    }
-    for ax, (label, low, high, scale) in panels.items():
-        for column in (low, high):
+    panels = (
+        (axes[0], "first token (TTFT), s", ("ttft_p50_s", "ttft_p90_s"), 1),
+        (axes[1], "gap between tokens (ITL), ms", ("itl_p50_s", "itl_p99_s"), 1e3),
+    )
+    for ax, label, columns, scale in panels:
+        for column in columns:
             percentile = column.split("_")[1]
             values = [None if r[column] is None else scale * r[column] for r in chunked]
             plots.band(ax, budgets, values, None, None, percentile)
@@ -249,7 +252,8 @@ def draw_budgets(budgets_csv):
                 colour = ax.lines[-1].get_color()
                 ax.axhline(scale * whole[column], color=colour, ls=":", label=f"{percentile}, whole prompts")
         plots.log2_axis(ax, budgets)
-        ax.set(xlabel="token budget", ylabel=label, ylim=(0, None))
+        ax.set(xlabel="token budget", ylabel=f"{label} (log)", yscale="log")
+        plain_ticks(ax.yaxis)
     plots.band(axes[2], budgets, [r["tokens_per_s"] for r in chunked], None, None, "chunked")
     ceilings = [r["ceiling_tokens_per_s"] for r in chunked]
     axes[2].plot(budgets, ceilings, "--", color=plots.CEILING_COLOUR, label="roofline of the same steps")
@@ -268,16 +272,34 @@ def draw_trade(ax, chunked, whole):
     rows = [r for r in chunked if r["itl_p99_s"] is not None]
     points = [(1e3 * r["itl_p99_s"], r["ttft_p50_s"]) for r in rows]
     ax.plot(*zip(*points), "o-", color=COLOURS[0], label="chunked: the number is the budget")
-    for i, (row, point) in enumerate(zip(rows, points)):
-        below = i % 2  # neighbours may lie on one another
-        ax.annotate(
-            str(row["token_budget"]), point, xytext=(5, -16 if below else 7), textcoords="offset points", fontsize=11
-        )
+    for point, budgets in apart(points, [str(r["token_budget"]) for r in rows]):
+        ax.annotate(budgets, point, xytext=(4, 8), textcoords="offset points", fontsize=11)
     if whole and whole["itl_p99_s"] is not None:
         ax.plot(1e3 * whole["itl_p99_s"], whole["ttft_p50_s"], "X", ms=10, color=COLOURS[1], label="whole prompts")
     ax.set(xlabel="gap between tokens (ITL), p99, ms (log)", ylabel="first token (TTFT), p50, s (log)")
     ax.set(xscale="log", yscale="log")
-    ax.margins(0.12)
+    ax.margins(0.15)
+    plain_ticks(ax.xaxis), plain_ticks(ax.yaxis)
+
+
+def apart(points, texts, closer=1.06):
+    """[(point, text)], where points that lie on one another (within 6 % in both directions) share one text."""
+    groups = []
+    for point, text in zip(points, texts):
+        if groups and all(1 / closer < a / b < closer for a, b in zip(point, groups[-1][0])):
+            groups[-1] = (groups[-1][0], f"{groups[-1][1]}, {text}")
+        else:
+            groups.append((point, text))
+    return groups
+
+
+def plain_ticks(axis):
+    """0.02, 0.05, 0.1, 2, 5, 10 on a log axis, instead of powers of ten."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 100 else f"{value:.3g}")
 
 
 if __name__ == "__main__":

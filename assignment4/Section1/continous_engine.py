@@ -9,6 +9,17 @@ from collections.abc import Sequence
 from common.serving import Chunk, Request
 
 
+def leading_prompts(requests: Sequence[Request], max_tokens: int) -> list[Request]:
+    """As many of the requests, in order, as have prompts of `max_tokens` together; the first whatever its length."""
+    taken: list[Request] = []
+    for request in requests:
+        max_tokens -= request.num_prefill
+        if max_tokens < 0 and taken:
+            break
+        taken.append(request)
+    return taken
+
+
 def whole_prompts(decoding: Sequence[Request], entering: Sequence[Request]) -> list[Chunk]:
     """One token of each decoding request, then all tokens of each entering one."""
     chunks = [Chunk(r, r.num_computed, 1) for r in decoding]

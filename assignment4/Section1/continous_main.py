@@ -38,7 +38,7 @@ SHOWN_COLUMNS = (
 
 
 def main(args):
-    setup = experiment.prepare(args, __file__, PRESETS, max_tokens=None)
+    setup = experiment.prepare(args, __file__, PRESETS)
     requests = experiment.read_requests(args, setup, REQUESTS, SET_SHAPES)
     slots = args.req_batch_size
     policies = [
@@ -46,7 +46,7 @@ def main(args):
         Policy(DROPPED, partial(NaiveScheduler, req_batch_size=slots, drop_finished=True)),
         Policy(CONTINUOUS, partial(Scheduler, req_batch_size=slots)),
     ]
-    record = results.provenance(args, **setup.facts)
+    record = setup.facts
     files = Files(setup.out, "continous", setup.suffix, record, resume=args.resume, compare=bool(args.compare))
     runs = []
     with cli.keep_partial(args):

@@ -11,15 +11,16 @@ anybody waits (Yu et al. 2022, "Orca: A Distributed Serving System for Transform
 """
 
 import sys
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from assignment4.Section1.continous_engine import whole_prompts
+from assignment4.Section1.continous_engine import leading_prompts, whole_prompts
 from common.errors import UserError
 from common.pages import pages_for
 from common.serving import Chunk, Request, StepEngine
-from common.step_loop import StepLoop
+from common.step_loop import MAX_PROMPT_TOKENS, StepLoop
 
 
 class Scheduler(StepLoop):
@@ -34,12 +35,12 @@ class Scheduler(StepLoop):
     def schedule(self) -> list[Chunk]:
         decoding = self.decoding_requests()
         free_pages = self.engine.num_free_pages - self.pages_for_decoding(decoding)
+        free_slots = self.req_batch_size - len(decoding)
         entering = []
-        while self.waiting and len(decoding) + len(entering) < self.req_batch_size:
-            pages = pages_for(self.waiting[0].num_prefill, self.engine.page_size)
-            if pages > free_pages:
+        for request in leading_prompts(list(islice(self.waiting, free_slots)), MAX_PROMPT_TOKENS):
+            free_pages -= pages_for(request.num_prefill, self.engine.page_size)
+            if free_pages < 0:
                 break  # nobody overtakes the oldest, or a large request might wait for ever
-            free_pages -= pages
             entering.append(self.enter())
         return whole_prompts(decoding, entering)
 
@@ -59,12 +60,14 @@ class NaiveScheduler(StepLoop):
         self.batch: list[Request] = []
 
     def schedule(self) -> list[Chunk]:
-        if any(r.wants_more for r in self.batch):
-            return whole_prompts([r for r in self.batch if r.wants_more or not self.drop_finished], [])
-        if self.in_flight:
-            self.read_step()  # the last tokens of the batch
-        self.batch = self.next_batch()
-        return whole_prompts([], self.batch)
+        if not any(r.wants_more for r in self.batch):
+            while self.in_flight:
+                self.read_step()  # the last tokens of the batch
+            self.batch = self.next_batch()
+        prompts = [r for r in self.batch if r.is_prefilling]
+        if prompts:  # all of the batch is read before any of it decodes
+            return whole_prompts([], leading_prompts(prompts, MAX_PROMPT_TOKENS))
+        return whole_prompts([r for r in self.batch if r.wants_more or not self.drop_finished], [])
 
     def next_batch(self) -> list[Request]:
         """The oldest waiting requests that fit together, each as long as the longest of them will run."""
