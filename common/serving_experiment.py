@@ -381,10 +381,3 @@ def check(setup: Setup, files: Files, runs: Sequence[Run]) -> None:
             if setup.device_type == "cuda":
                 raise CheckFailed(what)
             print(f"note: {what} (ceilings of a CPU wander)")
-
-
-def compare(args: argparse.Namespace, setup: Setup, given: Sequence[InputRequest], files: Files) -> None:
-    """Peers on the same requests, where they can run; otherwise a line that says why not."""
-    for name in args.compare:
-        if setup.model is None:
-            print(f"--compare {name}: left out, a simulated machine has no weights")

@@ -26,6 +26,7 @@ from assignment4.Section1.continous_scheduler import Scheduler as ContinuousSche
 from common import cli, request_sets, results
 from common import serving_experiment as experiment
 from common.serving_files import ITERATION_COLUMNS, REQUEST_COLUMNS, SUMMARY_COLUMNS, Files, Policy
+from common.serving_peers import compare
 
 PRESETS = {
     "quick": {"req_batch_size": 3, "token_batch_size": 16, "budgets": [8, 32], "repeats": 1},
@@ -61,7 +62,7 @@ def main(args):
     runs = []
     with cli.keep_partial(args):
         runs = experiment.serve_all([whole, pieces], setup, requests, args, files)
-        experiment.compare(args, setup, requests, files)
+        compare(args, setup, requests, files)
         sweep = [whole, *(chunked_policy(args, budget) for budget in args.budgets)]
         serve_arriving(sweep, setup, arriving(requests, files.summary.rows, args), args, budgets)
     files.close()

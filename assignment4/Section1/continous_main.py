@@ -21,6 +21,7 @@ from assignment4.Section1.continous_scheduler import NaiveScheduler, Scheduler
 from common import cli, results
 from common import serving_experiment as experiment
 from common.serving_files import SLOT_COLUMNS, SUMMARY_COLUMNS, Files, Policy
+from common.serving_peers import compare
 
 PRESETS = {
     "quick": {"req_batch_size": 3, "repeats": 1},
@@ -51,7 +52,7 @@ def main(args):
     runs = []
     with cli.keep_partial(args):
         runs = experiment.serve_all(policies, setup, requests, args, files)
-        experiment.compare(args, setup, requests, files)
+        compare(args, setup, requests, files)
     files.close()
     if not files.summary.rows:
         return
@@ -134,7 +135,8 @@ def draw_timeline(ax, holds, policies):
 
     from common.plots import COLOURS
 
-    holds = [h for h in holds if h["replica"] == 0 and h["policy"] in policies]
+    holds = [h for h in holds if h["replica"] == 0]
+    policies = [policy for policy in policies if any(h["policy"] == policy for h in holds)]  # a peer shows no slots
     slots = 1 + max(h["slot"] for h in holds)
     until = timeline_end(holds, slots)
     for band, policy in enumerate(policies):

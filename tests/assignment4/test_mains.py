@@ -1,0 +1,185 @@
+"""The two scripts as a learner runs them: from another directory, in a process, with good and bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.results import read_rows
+
+SECTION = Path(__file__).resolve().parents[2] / "assignment4" / "Section1"
+FILES = {
+    "continous": ["comparison.png"],
+    "chunked": ["iterations.png", "budgets.png", "budgets.csv"],
+}
+
+
+def run(name, *options, cwd, code=0):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SECTION / f"{name}_main.py"), *map(str, options)]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def simulate(name, tmp_path, *options, code=0):
+    options = ["--simulate", "h200:llama3-8b", "--preset", "quick", "--out", tmp_path / "out", *options]
+    return run(name, *options, cwd=tmp_path, code=code)
+
+
+def columns(path):
+    return path.read_text().split("\n")[0].split(",")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_simulated_run_writes_its_files(name, tmp_path):
+    out = tmp_path / "out"
+    done = simulate(name, tmp_path)
+    for kind in ("requests", "iterations", "slots", "summary"):
+        assert (out / f"{name}_{kind}_simulated.csv").exists()
+        assert f"{name}_{kind}_simulated.csv" in done.stdout
+        assert json.loads((out / f"{name}_{kind}_simulated.json").read_text())["backend"] == "simulated"
+    for file in FILES[name]:
+        stem, suffix = file.split(".")
+        assert (out / f"{name}_{stem}_simulated.{suffix}").exists()
+    assert [path for path in tmp_path.iterdir()] == [out]
+    leading = "policy,request,arrival_s,prompt_tokens,output_tokens,ttft_s,tpot_s,max_itl_s,latency_s,preemptions"
+    assert columns(out / f"{name}_requests_simulated.csv")[:11] == [*leading.split(","), "finish_reason"]
+    leading = "policy,iteration,start_s,time_us,kind,prefill_tokens,decode_tokens,running,waiting,pages_used"
+    assert columns(out / f"{name}_iterations_simulated.csv")[:10] == leading.split(",")
+    leading = "policy,token_budget,requests,output_tokens,time,tokens_per_s"
+    assert columns(out / f"{name}_summary_simulated.csv")[:6] == leading.split(",")
+
+
+def test_rows_agree_with_one_another(tmp_path):
+    """The summary, recomputed from the request and iteration rows of the same run."""
+    simulate("chunked", tmp_path, "--slo-ttft", "0.03", "--slo-tpot", "0.005")
+    files = {kind: read_rows(tmp_path / "out" / f"chunked_{kind}_simulated.csv", ()) for kind in
+             ("requests", "iterations", "slots", "summary")}  # fmt: skip
+    for row in files["summary"]:
+        mine = [r for r in files["requests"] if r["policy"] == row["policy"]]
+        steps = [r for r in files["iterations"] if r["policy"] == row["policy"]]
+        assert row["requests"] == len(mine) and row["output_tokens"] == sum(r["output_tokens"] for r in mine)
+        time = max(r["arrival_s"] + r["latency_s"] for r in mine)
+        assert row["time"] == pytest.approx(time) and row["tokens_per_s"] == pytest.approx(row["output_tokens"] / time)
+        good = [r for r in mine if r["ttft_s"] <= 0.03 and (r["tpot_s"] is None or r["tpot_s"] <= 0.005)]
+        assert row["good_requests"] == len(good) and row["goodput"] == pytest.approx(len(good) / time)
+        assert 0 < len(good) < len(mine)
+        assert sum(s["sampled_tokens"] for s in steps) == row["output_tokens"]
+        assert sum(s["prefill_tokens"] for s in steps) == sum(r["prompt_tokens"] for r in mine)
+        assert row["max_itl_s"] == pytest.approx(max(r["max_itl_s"] for r in mine if r["max_itl_s"] is not None))
+        assert row["pages_peak"] == max(s["pages_used"] for s in steps)
+        assert row["tokens_per_s"] < row["ceiling_tokens_per_s"]
+
+
+def test_mix_is_served_whole(tmp_path):
+    done = simulate("chunked", tmp_path, "--requests", "mix", "--req-batch-size", 64, "--budgets", "512", "--no-plot")
+    assert "mix, 256 of them, 142,827 tokens in, 133,966 out" in done.stdout
+    summary = read_rows(tmp_path / "out" / "chunked_summary_simulated.csv", ())
+    assert [row["output_tokens"] for row in summary] == [133_966, 133_966]
+
+
+def test_replicas_resume_and_earlier_files(tmp_path):
+    out = tmp_path / "out"
+    simulate("continous", tmp_path, "--replicas", 3, "--no-plot")
+    first = (out / "continous_summary_simulated.csv").read_bytes()
+    assert {row["replica"] for row in read_rows(out / "continous_slots_simulated.csv", ())} == {0, 1, 2}
+    simulate("continous", tmp_path, "--replicas", 3, "--no-plot", "--resume")
+    assert (out / "continous_summary_simulated.csv").read_bytes() == first  # nothing was measured again
+    error = simulate("continous", tmp_path, "--replicas", 2, "--no-plot", "--resume", code=2).stderr
+    assert "--replicas" in error
+    simulate("continous", tmp_path, "--no-plot")
+    assert (out / "continous_summary_simulated.prev.csv").read_bytes() == first
+
+
+def test_real_run_gives_the_same_tokens_under_both_policies(tmp_path):
+    file = tmp_path / "set.jsonl"
+    prompts = [{"prompt": "word " * n, "output_tokens": n % 7 + 1} for n in range(1, 12)]
+    file.write_text("\n".join(map(json.dumps, prompts)))
+    options = [
+        "--model",
+        "random:tiny",
+        "--device",
+        "cpu",
+        "--preset",
+        "quick",
+        "--requests",
+        file,
+        "--out",
+        tmp_path / "out",
+    ]
+    done = run(
+        "chunked",
+        *options,
+        "--dump-tokens",
+        tmp_path / "tokens.jsonl",
+        "--kv-pages",
+        20,
+        "--page-size",
+        4,
+        cwd=tmp_path,
+    )
+    assert "chunked, budget 16 against continuous: the same tokens" in done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "tokens.jsonl").read_text().splitlines()]
+    assert [len(r["output_token_ids"]) for r in rows] == [p["output_tokens"] for p in prompts]
+    assert [r["finish_reason"] for r in rows] == ["length"] * 11
+    assert [len(r["prompt_token_ids"]) for r in rows] == [5 * n for n in range(1, 12)]  # bytes
+    assert sum(r["preemptions"] for r in read_rows(tmp_path / "out" / "chunked_requests.csv", ())) > 0
+
+
+def test_requests_that_never_fit_are_named_and_the_others_served(tmp_path):
+    done = simulate("continous", tmp_path, "--requests", "mix", "--num-requests", 9, "--kv-pages", 90, "--no-plot")
+    rows = read_rows(tmp_path / "out" / "continous_requests_simulated.csv", ())
+    refused = [r for r in rows if r["finish_reason"] == "refused"]
+    assert 0 < len(refused) < len(rows)
+    assert f"request {refused[0]['request']} refused: " in done.stdout
+    error = simulate("continous", tmp_path, "--requests", "mix", "--kv-pages", 5, code=2).stderr
+    assert "no request can be served" in error and "--kv-pages" in error
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (["--req-batch-size", "0"], "--req-batch-size"),
+        (["--token-batch-size", "-1"], "--token-batch-size"),
+        (["--budgets", "0,4"], "--budgets"),
+        (["--rate", "0"], "--rate"),
+        (["--slo-ttft", "nan"], "--slo-ttft"),
+        (["--requests", "nothing"], "handout, lognormal, mix"),
+        (["--simulate", "abacus"], "--simulate abacus"),
+        (["--replicas", "0"], "--replicas"),
+        (["--kv-pages", "0"], "--kv-pages"),
+        (["--kv-memory", "1.5"], "--kv-memory"),
+    ],
+)
+def test_bad_options_are_one_line(options, named, tmp_path):
+    error = simulate("chunked", tmp_path, *options, code=2).stderr
+    assert named in error and len(error.strip().splitlines()) == 1
+
+
+def test_replicas_need_the_simulator(tmp_path):
+    assert "--simulate" in run("chunked", "--replicas", 2, "--out", tmp_path, cwd=tmp_path, code=2).stderr
+
+
+def test_bad_files_are_named_with_their_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n{"prompt": "x", "output_tokens": 0}\n')
+    assert "a.jsonl, line 2" in simulate("chunked", tmp_path, "--requests", "a.jsonl", code=2).stderr
+    (tmp_path / "a.csv").write_text("TIMESTAMP,Tokens\n1,2\n")
+    assert "no column ContextTokens" in simulate("chunked", tmp_path, "--requests", "a.csv", code=2).stderr
+    (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": "word " * 50_000}) + "\n")
+    assert "request 0 has" in simulate("chunked", tmp_path, "--requests", "b.jsonl", code=2).stderr
+
+
+def test_help_is_quick_because_it_loads_nothing(tmp_path):
+    """Counted by modules, not by a clock."""
+    code = (
+        f"import sys, runpy; sys.argv = ['x', '--help']\n"
+        f"try: runpy.run_path({str(SECTION / 'chunked_main.py')!r}, run_name='__main__')\n"
+        f"except SystemExit as end: assert end.code == 0\n"
+        f"assert not {{'torch', 'transformers', 'matplotlib'}} & set(sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True).returncode == 0
