@@ -2,9 +2,10 @@
 
 A program takes one sequence, one KV head with the query heads that share it, and a part of the context, as in
 flash-decoding. The grid is fixed by the batch and the number of parts, and lengths are read on the device, so one CUDA
-graph serves any lengths. The parts of one head are merged by whichever program finishes last: it counts arrivals with
-an atomic, which saves a second kernel. `rope_append_decode` starts from the raw output of the qkv product: it rotates
-q, and the program that owns the newest token rotates k, appends k and v to the page, and attends to them first.
+graph serves any lengths. A second small kernel merges the parts: one program a head, which was faster than letting the
+last program to arrive merge all heads of its group. `rope_append_decode` starts from the raw output of the qkv product:
+it rotates q, and the program that owns the newest token rotates k, appends k and v to the page, and attends to them
+first.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 
 from common.kernels.rope_append import reference as rope_append_reference
 from common.kernels.runtime import (
-    arrival_counters,
+    capability,
     gdc_launch_dependents,
     gdc_wait,
     jit,
@@ -61,51 +62,34 @@ def _rotated(ptr, row, d, cos, sin, mask, HALF: tl.constexpr):
 
 
 @jit
-def _merge(
-    partial_ptr, lse_ptr, out_ptr, active, head, stride_part, num_heads,
-    GROUP: tl.constexpr, GROUP_P2: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Weights the `active` parts of GROUP heads by their log-sum-exp (base 2) and stores the sum at out_ptr [GROUP, d].
+def _attend(q, k, v, valid, m, l, acc, scale_log2):
+    """One block of keys and values into the running softmax: m [G] in base 2, l [G], acc [G, d]."""
+    scores = tl.dot(q, k.T, input_precision="ieee") * scale_log2
+    scores = tl.where(valid[None, :], scores, float("-inf"))
+    m_new = tl.maximum(m, tl.max(scores, axis=1))
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen yet, and nothing in this block
+    p = tl.exp2(scores - shift[:, None])
+    rescale = tl.exp2(m - shift)
+    acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    return m_new, l * rescale + tl.sum(p, axis=1), acc
 
-    PARTS parts are asked for at once: what a merge costs is not bytes but the round trips to L2, one after another.
-    """
-    g = tl.arange(0, GROUP_P2)
-    d = tl.arange(0, BLOCK_D)
-    m = tl.full([GROUP_P2], float("-inf"), tl.float32)
-    l = tl.zeros([GROUP_P2], tl.float32)
-    acc = tl.zeros([GROUP_P2, BLOCK_D], tl.float32)
-    for first in range(0, active, PARTS):
-        s = first + tl.arange(0, PARTS)
-        mask = (s < active)[:, None] & (g < GROUP)[None, :]
-        lse = tl.load(
-            lse_ptr + s[:, None] * num_heads + (head + g)[None, :], mask=mask, other=float("-inf"), cache_modifier=".cg"
-        )
-        part = tl.load(
-            partial_ptr + s[:, None, None] * stride_part + (head + g)[None, :, None] * HEAD_DIM + d[None, None, :],
-            mask=mask[:, :, None] & (d < HEAD_DIM)[None, None, :], other=0.0, cache_modifier=".cg",
-        )  # fmt: skip
-        m_new = tl.maximum(m, tl.max(lse, axis=0))
-        shift = tl.where(g < GROUP, m_new, 0.0)  # heads of the padding have no parts
-        weight = tl.exp2(lse - shift[None, :])
-        old = tl.exp2(m - shift)
-        acc = acc * old[:, None] + tl.sum(part * weight[:, :, None], axis=0)
-        l = l * old + tl.sum(weight, axis=0)
-        m = m_new
-    l = tl.where(l > 0, l, 1.0)
-    mask_out = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
-    out = out_ptr + g[:, None] * HEAD_DIM + d[None, :]
-    tl.store(out, (acc / l[:, None]).to(out_ptr.dtype.element_ty), mask=mask_out)
+
+@jit
+def _part(length, split, splits, BLOCK_KV: tl.constexpr):
+    """(first token, end, number of parts that hold tokens): a part is a whole number of blocks, and the last one that
+    holds tokens has the newest. Length 0 has one part, empty."""
+    size = tl.maximum(tl.cdiv(tl.cdiv(length, BLOCK_KV), splits), 1) * BLOCK_KV
+    return split * size, tl.minimum(split * size + size, length), tl.maximum(tl.cdiv(length, size), 1)
 
 
 @jit
 def _paged_decode_kernel(
-    q_ptr, k_new_ptr, v_new_ptr, cos_ptr, sin_ptr, pages_ptr, table_ptr, lens_ptr, out_ptr,
-    partial_ptr, lse_ptr, arrivals_ptr,
+    q_ptr, k_new_ptr, v_new_ptr, cos_ptr, sin_ptr, pages_ptr, table_ptr, lens_ptr, out_ptr, partial_ptr, lse_ptr,
     stride_qb, stride_qh, stride_nb, stride_nh, stride_page, stride_kv, stride_token, stride_head, stride_table,
     stride_ob, stride_cos, scale_log2, splits,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_KV: tl.constexpr, STAGES: tl.constexpr, GROUP_P2: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr,
-    ROPE: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_KV: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, ROPE: tl.constexpr, EARLY: tl.constexpr,
+    PEEL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -113,29 +97,37 @@ def _paged_decode_kernel(
             gdc_wait()
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
-    num_kv_heads = tl.num_programs(1)
+    num_heads = tl.num_programs(1) * GROUP
     b = tl.program_id(2).to(tl.int64)
     g = tl.arange(0, BLOCK_G)
     d = tl.arange(0, BLOCK_D)
     length = tl.load(lens_ptr + b)
-    # A part is a whole number of blocks; the last of the `active` parts holds the newest token.
-    part = tl.maximum(tl.cdiv(tl.cdiv(length, BLOCK_KV), splits), 1) * BLOCK_KV
-    active = tl.maximum(tl.cdiv(length, part), 1)
+    begin, end, active = _part(length, split, splits, BLOCK_KV)
     if split >= active:
         return
-    begin = split * part
-    end = tl.minimum(begin + part, length)
+    newest = tl.maximum(length - 1, 0)
+    if ROPE:
+        end = tl.minimum(end, newest)
     head_base = pages_ptr + kv_head * stride_head
     table_row = table_ptr + b * stride_table
-    mask_q = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+    mask_d = (d < HEAD_DIM)[None, :]
+
+    if PEEL:  # the first block is asked for before the wait: on a short context it is all there is
+        token0 = begin + tl.arange(0, BLOCK_KV)
+        valid0 = token0 < end
+        page0 = tl.load(table_row + token0 // PAGE_SIZE, mask=valid0, other=0).to(tl.int64)
+        offset0 = (page0 * stride_page + (token0 % PAGE_SIZE) * stride_token)[:, None] + d[None, :]
+        k0 = tl.load(head_base + offset0, mask=valid0[:, None] & mask_d, other=0.0)
+        v0 = tl.load(head_base + stride_kv + offset0, mask=valid0[:, None] & mask_d, other=0.0)
+        begin += BLOCK_KV
+
+    mask_q = (g < GROUP)[:, None] & mask_d
     q_row = b * stride_qb + (kv_head * GROUP + g)[:, None] * stride_qh
     m = tl.full([BLOCK_G], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     if ROPE:
         HALF: tl.constexpr = HEAD_DIM // 2
-        newest = tl.maximum(length - 1, 0)
-        end = tl.minimum(end, newest)
         angle = newest.to(tl.int64) * stride_cos + tl.where(d < HALF, d, d - HALF)
         cos = tl.load(cos_ptr + angle, mask=d < HEAD_DIM, other=0.0)[None, :]
         sin = tl.load(sin_ptr + angle, mask=d < HEAD_DIM, other=0.0)[None, :]
@@ -146,7 +138,6 @@ def _paged_decode_kernel(
         if (split == active - 1) & (length > 0):
             # The newest token starts the running softmax from registers: nothing waits for its way through memory.
             one = (tl.arange(0, 1) * 0)[:, None] + (b * stride_nb + kv_head * stride_nh)
-            mask_d = (d < HEAD_DIM)[None, :]
             k_new = _rotated(k_new_ptr, one, d[None, :], cos, sin, mask_d, HALF)
             v_new = tl.load(v_new_ptr + one + d[None, :], mask=mask_d, other=0.0)
             slot = head_base + page_new * stride_page + (newest % PAGE_SIZE) * stride_token + d[None, :]
@@ -156,91 +147,113 @@ def _paged_decode_kernel(
             l += 1.0
             acc += v_new.to(tl.float32)
     else:
-        if EARLY and PDL:
-            gdc_wait()
         q = tl.load(q_ptr + q_row + d[None, :], mask=mask_q, other=0.0)
 
+    if PEEL:
+        m, l, acc = _attend(q, k0, v0, valid0, m, l, acc, scale_log2)
     for start in tl.range(begin, end, BLOCK_KV, num_stages=STAGES):
         token = start + tl.arange(0, BLOCK_KV)
         valid = token < end
         page = tl.load(table_row + token // PAGE_SIZE, mask=valid, other=0).to(tl.int64)
         offset = (page * stride_page + (token % PAGE_SIZE) * stride_token)[:, None] + d[None, :]
-        mask = valid[:, None] & (d < HEAD_DIM)[None, :]
-        k = tl.load(head_base + offset, mask=mask, other=0.0)
-        scores = tl.dot(q, k.T, input_precision="ieee") * scale_log2
-        scores = tl.where(valid[None, :], scores, float("-inf"))
-        m_new = tl.maximum(m, tl.max(scores, axis=1))
-        p = tl.exp2(scores - m_new[:, None])
-        rescale = tl.exp2(m - m_new)
+        k = tl.load(head_base + offset, mask=valid[:, None] & mask_d, other=0.0)
         # Unused slots hold anything, NaN included, and 0 * NaN is NaN: the mask zeroes V while it is loaded.
-        v = tl.load(head_base + stride_kv + offset, mask=mask, other=0.0)
-        acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        l = l * rescale + tl.sum(p, axis=1)
-        m = m_new
+        v = tl.load(head_base + stride_kv + offset, mask=valid[:, None] & mask_d, other=0.0)
+        m, l, acc = _attend(q, k, v, valid, m, l, acc, scale_log2)
 
-    head = kv_head * GROUP
+    head = kv_head * GROUP + g
     l = tl.where(l > 0, l, 1.0)  # length 0: zeros
-    out = out_ptr + b * stride_ob + (head + g)[:, None] * HEAD_DIM + d[None, :]
-    if SPLIT and active > 1:
-        num_heads = num_kv_heads * GROUP
-        stride_part = num_heads * HEAD_DIM
-        partial_ptr += b * splits * stride_part
-        lse_ptr += b * splits * num_heads
-        here = partial_ptr + split * stride_part + (head + g)[:, None] * HEAD_DIM + d[None, :]
-        tl.store(here, acc / l[:, None], mask=mask_q)
-        tl.store(lse_ptr + split * num_heads + head + g, m + tl.log2(l), mask=g < GROUP)
-        tl.debug_barrier()  # all of this program's stores come before its arrival is counted
-        arrivals_ptr += b * num_kv_heads + kv_head
-        if tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu") == active - 1:
-            tl.store(arrivals_ptr, 0)  # for the next call
-            tl.debug_barrier()
-            _merge(
-                partial_ptr, lse_ptr, out_ptr + b * stride_ob + head * HEAD_DIM, active, head, stride_part, num_heads,
-                GROUP, GROUP_P2, HEAD_DIM, BLOCK_D, PARTS,
-            )  # fmt: skip
+    acc = acc / l[:, None]
+    if SPLIT:
+        at = (b * splits + split) * num_heads + head
+        tl.store(partial_ptr + at[:, None] * HEAD_DIM + d[None, :], acc, mask=mask_q)
+        tl.store(lse_ptr + at, m + tl.log2(l), mask=g < GROUP)
     else:
-        tl.store(out, (acc / l[:, None]).to(out_ptr.dtype.element_ty), mask=mask_q)
+        out = out_ptr + b * stride_ob + head[:, None] * HEAD_DIM + d[None, :]
+        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask_q)
 
 
-def _plan(batch, num_kv_heads, max_len, head_dim, element_size, device):
-    """(splits, BLOCK_KV, num_warps, stages): enough programs to fill the device, no part under one block."""
-    block_kv = 32 if head_dim * element_size > 128 else 64
-    splits = max(1, round(6 * num_sms(device) / (batch * num_kv_heads)))
-    return min(splits, 64, max(1, -(-max_len // block_kv))), block_kv, 2, 4
+@jit
+def _merge_kernel(
+    partial_ptr, lse_ptr, lens_ptr, out_ptr, stride_ob, splits,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_S: tl.constexpr, EARLY: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: one head, its parts weighted by their log-sum-exp. All are asked for at once: what a merge costs is
+    not bytes but round trips."""
+    if PDL:
+        gdc_launch_dependents()
+        if not EARLY:
+            gdc_wait()
+    head = tl.program_id(0)
+    num_heads = tl.num_programs(0)
+    b = tl.program_id(1).to(tl.int64)
+    s = tl.arange(0, BLOCK_S)
+    d = tl.arange(0, BLOCK_D)
+    _, _, active = _part(tl.load(lens_ptr + b), 0, splits, BLOCK_KV)
+    at = (b * splits + s) * num_heads + head
+    mask = (s < active)[:, None] & (d < HEAD_DIM)[None, :]
+    if EARLY and PDL:
+        gdc_wait()
+    lse = tl.load(lse_ptr + at, mask=s < active, other=float("-inf"))
+    part = tl.load(partial_ptr + at[:, None] * HEAD_DIM + d[None, :], mask=mask, other=0.0)
+    m = tl.max(lse, axis=0)
+    weight = tl.exp2(lse - tl.where(m == float("-inf"), 0.0, m))
+    total = tl.sum(weight, axis=0)
+    y = tl.sum(part * weight[:, None], axis=0) / tl.where(total > 0, total, 1.0)
+    tl.store(out_ptr + b * stride_ob + head * HEAD_DIM + d, y.to(out_ptr.dtype.element_ty), mask=d < HEAD_DIM)
+
+
+def _plan(batch, num_kv_heads, max_len, row_bytes, device):
+    """(splits, BLOCK_KV, num_warps, stages), measured on an H200 (docs/performance.md) for rows of 256 bytes; wider
+    rows take fewer at a time, and devices with less shared memory a small choice."""
+    programs = batch * num_kv_heads
+    splits, block_kv, num_warps, stages = round(4 * num_sms(device) / programs), 32 if max_len <= 8192 else 64, 2, 4
+    if capability(device) < (8, 0):
+        stages = 2
+    elif capability(device) >= (9, 0):
+        if 128 <= programs < 512:
+            splits, block_kv, num_warps, stages = round(3 * num_sms(device) / programs), 128, 4, 3
+            splits = splits if programs < 256 else 1
+        elif 512 <= programs < 1024:
+            splits, block_kv, num_warps, stages = 1, 64, 4, 3
+    block_kv = max(16, min(block_kv, block_kv * 256 // next_power_of_2(row_bytes)))
+    return max(1, min(splits, 64, -(-max_len // block_kv))), block_kv, num_warps, stages
 
 
 def _launch(q, new, pages, page_table, kv_lens, tables, scale, early, plan):
     batch, num_heads, head_dim = q.shape
     _, _, page_size, num_kv_heads, _ = pages.shape
-    group = num_heads // num_kv_heads
     k_new, v_new = new if new else (q, q)
     cos, sin = tables if tables else (q, q)
     splits, block_kv, num_warps, stages = plan or _plan(
-        batch, num_kv_heads, page_table.shape[1] * page_size, head_dim, q.element_size(), q.device
+        batch, num_kv_heads, page_table.shape[1] * page_size, head_dim * q.element_size(), q.device
     )
     out = torch.empty(batch, num_heads, head_dim, dtype=q.dtype, device=q.device)
-    stored = splits if splits > 1 else 0
-    partial = torch.empty(batch * stored * num_heads * head_dim, dtype=torch.float32, device=q.device)
-    lse = torch.empty(batch * stored * num_heads, dtype=torch.float32, device=q.device)
-    block_d = max(16, next_power_of_2(head_dim))
-    group_p2 = next_power_of_2(group)
-    # Of the parts asked for at once, a thread holds 32 numbers.
-    parts = max(1, min(next_power_of_2(splits), 32 * 32 * num_warps // (group_p2 * block_d)))
+    num_parts = batch * splits * num_heads if splits > 1 else 0
+    partial = torch.empty(num_parts * head_dim, dtype=torch.float32, device=q.device)
+    lse = torch.empty(num_parts, dtype=torch.float32, device=q.device)
+    group, block_d = num_heads // num_kv_heads, max(16, next_power_of_2(head_dim))
     _paged_decode_kernel[(splits, num_kv_heads, batch)](
-        q, k_new, v_new, cos, sin, pages, page_table, kv_lens, out, partial, lse, arrival_counters(q.device),
+        q, k_new, v_new, cos, sin, pages, page_table, kv_lens, out, partial, lse,
         q.stride(0), q.stride(1), k_new.stride(0), k_new.stride(1), *pages.stride()[:4], page_table.stride(0),
         out.stride(0), cos.stride(0), (scale or head_dim**-0.5) * math.log2(math.e), splits,
-        GROUP=group, HEAD_DIM=head_dim, PAGE_SIZE=page_size, BLOCK_G=max(16, group_p2), BLOCK_D=block_d,
-        BLOCK_KV=block_kv, STAGES=stages, GROUP_P2=group_p2, PARTS=parts, SPLIT=splits > 1, ROPE=bool(new), EARLY=early,
+        GROUP=group, HEAD_DIM=head_dim, PAGE_SIZE=page_size, BLOCK_G=max(16, next_power_of_2(group)), BLOCK_D=block_d,
+        BLOCK_KV=block_kv, STAGES=stages, SPLIT=splits > 1, ROPE=bool(new), EARLY=early, PEEL=early,
         **launch_options(q.device, num_warps=num_warps),
     )  # fmt: skip
+    if splits > 1:
+        block_s = next_power_of_2(splits)
+        _merge_kernel[(num_heads, batch)](
+            partial, lse, kv_lens, out, out.stride(0), splits, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_KV=block_kv,
+            BLOCK_S=block_s, EARLY=early, **launch_options(q.device, num_warps=max(1, min(4, block_s * block_d // 1024))),
+        )  # fmt: skip
     return out
 
 
-def paged_decode_triton(q, pages, page_table, kv_lens, scale=None, *, early=False, plan=None):
-    """The Triton version of `reference`. For `early` see `rope_append_decode`; `plan` overrides (splits, BLOCK_KV,
-    num_warps, stages)."""
-    return _launch(q, None, pages, page_table, kv_lens, None, scale, early, plan)
+def paged_decode_triton(q, pages, page_table, kv_lens, scale=None, *, plan=None):
+    """The Triton version of `reference`; `plan` overrides (splits, BLOCK_KV, num_warps, stages)."""
+    return _launch(q, None, pages, page_table, kv_lens, None, scale, False, plan)
 
 
 def rope_append_decode_triton(
@@ -253,13 +266,13 @@ def rope_append_decode_triton(
     return _launch(q, (k, v), pages, page_table, kv_lens, (cos, sin), scale, early, plan)
 
 
-def paged_decode(q, pages, page_table, kv_lens, scale=None, *, early=False):
+def paged_decode(q, pages, page_table, kv_lens, scale=None):
     """One query token a sequence over its pages; arguments and result as in `reference`, page_table and kv_lens int32.
 
     Nothing waits for the host, and the grid does not depend on the lengths: one CUDA graph serves any of them.
     """
     if runs_triton(q):
-        return paged_decode_triton(q, pages, page_table, kv_lens, scale, early=early)
+        return paged_decode_triton(q, pages, page_table, kv_lens, scale)
     return reference(q, pages, page_table, kv_lens, scale)
 
 
@@ -270,7 +283,8 @@ def rope_append_decode(qkv, pages, page_table, kv_lens, cos, sin, num_heads, sca
     newest token included, so that its position is kv_lens - 1; cos, sin float32 [context, d / 2]. Returns [B, Hq, d].
     Rows of padding (a CUDA graph's bucket) need a length of at least 1 and a page of their own to write to.
 
-    early: page_table and kv_lens were not written by the kernel just before this one, and may be read before it ends.
+    early: page_table, kv_lens and the K and V of earlier tokens were complete before the kernel just before this one
+    began, and may be read before it ends: so it is in a decode step, where the qkv product comes between.
     """
     if runs_triton(qkv):
         return rope_append_decode_triton(qkv, pages, page_table, kv_lens, cos, sin, num_heads, scale, early=early)

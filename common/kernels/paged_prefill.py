@@ -15,6 +15,7 @@ import math
 import torch
 
 from common.kernels.runtime import (
+    capability,
     gdc_launch_dependents,
     gdc_wait,
     jit,
@@ -149,12 +150,12 @@ def _paged_prefill_kernel(
     tl.store(out, (acc / l[:, None]).to(out_ptr.dtype.element_ty), mask=mask_q)
 
 
-def _tiles(head_dim, element_size, average_length):
+def _tiles(head_dim, element_size, average_length, device):
     """(BLOCK_M, BLOCK_N, num_warps, stages): measured on an H200 for 16-bit heads of up to 128; small ones elsewhere
-    (float32 and wide heads would not fit in shared memory)."""
+    (float32, wide heads and devices with little shared memory)."""
     if element_size > 2:
         return 32, 32, 4, 1
-    if head_dim > 128:
+    if head_dim > 128 or capability(device) not in {(8, 0), (9, 0)}:
         return 64, 32, 4, 2
     return (128, 64, 8, 3) if average_length > 8192 else (64, 64, 4, 3)
 

@@ -94,10 +94,10 @@ def _small_gemm_kernel(
             other = tl.load(parts + s * SIZE, mask=(n >= 0)[:, None] & (s != split), other=0.0, cache_modifier=".cg")
             acc += tl.where(s == split, own, other)
             if SILU:
-                half: tl.constexpr = BLOCK_N * BLOCK_T
                 other = tl.load(
-                    parts + s * SIZE + half, mask=(n >= 0)[:, None] & (s != split), other=0.0, cache_modifier=".cg"
-                )
+                    parts + s * SIZE + BLOCK_N * BLOCK_T, mask=(n >= 0)[:, None] & (s != split), other=0.0,
+                    cache_modifier=".cg",
+                )  # fmt: skip
                 acc_up += tl.where(s == split, own_up, other)
     if SILU:
         acc = acc * tl.sigmoid(acc) * acc_up
@@ -149,9 +149,9 @@ def small_gemm(x, weight, *, residual=None, silu=False, out_dtype=None, plan=Non
         x_arg = TensorDescriptor.from_tensor(x, [block_t, block_k])
         gate_arg, up_arg = (TensorDescriptor.from_tensor(w, [block_n, block_k]) for w in (gate, up))
     _small_gemm_kernel[(tiles_n, splits, tiles_t)](
-        x_arg, gate_arg, up_arg, x if residual is None else residual, out, partial, arrival_counters(x.device),
-        rows, outputs, features, x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0),
-        out.stride(0), BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_K=block_k, SPLITS=splits, ADD=residual is not None,
-        SILU=silu, TMA=tma, STAGES=stages, **launch_options(x.device, num_warps=num_warps),
+        x_arg, gate_arg, up_arg, x if residual is None else residual, out, partial, arrival_counters(x.device), rows,
+        outputs, features, x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0), out.stride(0),
+        BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_K=block_k, SPLITS=splits, ADD=residual is not None, SILU=silu,
+        TMA=tma, STAGES=stages, **launch_options(x.device, num_warps=num_warps),
     )  # fmt: skip
     return out
