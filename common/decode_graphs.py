@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from common.kernels.argmax import argmax
 from common.paged_backends import make_graph_decode
 from common.paged_batch import DeviceBatch, HostBatch
 
@@ -91,8 +90,7 @@ class _Graph:
             last_tokens=arange[:-1],
         )
         tokens = engine.last_token[self.slots]
-        logits = engine.model.logits(engine.model.forward(tokens, self.decode.attend(batch)))
-        ids = argmax(logits)
+        ids = engine.model.greedy(engine.model.forward(tokens, self.decode.attend(batch)))
         engine.last_token[self.slots] = ids
         return ids
 

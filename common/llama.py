@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from common.config import ModelConfig
-from common.kernels.linear import Linear, linear_add, linear_float32, norm_gate_up_silu, norm_linear
+from common.kernels.linear import Linear, greedy_ids, linear_add, linear_float32, norm_gate_up_silu, norm_linear
 from common.kernels.rms_norm import Norm, rms_norm
 
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
@@ -73,6 +73,11 @@ class Llama:
             g = norm_gate_up_silu(x, w.post_norm, w.gate_up)  # [T, F]
             x = linear_add(g, w.down_proj, x)  # [T, D]
         return rms_norm(x, self.norm)
+
+    @torch.inference_mode()
+    def greedy(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [R, D] -> the likeliest next ids [R], int64: `logits(hidden).argmax(-1)`, without a float32 copy."""
+        return greedy_ids(hidden, self.lm_head)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

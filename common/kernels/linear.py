@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from common.kernels.argmax import argmax
 from common.kernels.matvec import MAX_IN_FEATURES, matvec
 from common.kernels.rms_norm import Norm, rms_norm
 from common.kernels.runtime import runs_triton
@@ -121,3 +122,11 @@ def linear_float32(x: torch.Tensor, linear: Linear) -> torch.Tensor:
     if kernel == "library":
         return linear(x).float()
     return (matvec if kernel == "matvec" else small_gemm)(x, linear.weight, out_dtype=torch.float32)
+
+
+def greedy_ids(x: torch.Tensor, linear: Linear) -> torch.Tensor:
+    """The index of each row's largest product, [R, D] -> int64 [R]. A library's product is compared as it was rounded:
+    making float32 of it first would change nothing but the bytes moved.
+    """
+    kernel = choose(x, linear, MOST_ROWS["linear_float32"])
+    return argmax(linear(x) if kernel == "library" else linear_float32(x, linear))

@@ -246,7 +246,8 @@ def _launch(q, new, pages, page_table, kv_lens, tables, scale, early, plan):
         block_s = next_power_of_2(splits)
         _merge_kernel[(num_heads, batch)](
             partial, lse, kv_lens, out, out.stride(0), splits, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_KV=block_kv,
-            BLOCK_S=block_s, EARLY=early, **launch_options(q.device, num_warps=max(1, min(4, block_s * block_d // 1024))),
+            BLOCK_S=block_s, EARLY=early,
+            **launch_options(q.device, num_warps=max(1, min(4, block_s * block_d // 1024))),
         )  # fmt: skip
     return out
 
