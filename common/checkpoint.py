@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from common.config import SHAPES, ModelConfig
 from common.errors import UserError
-from common.kernels.linear import Linear
+from common.kernels.linear import Linear, SplitHead
 from common.kernels.rms_norm import Norm
 from common.llama import Layer, Llama
 from common.memory import free_bytes, human_bytes
@@ -51,6 +51,7 @@ class Shard:
     """The part of every weight that one rank holds, as half-open ranges; `Shard.whole` is one device.
 
     Query heads, KV heads, feed-forward columns and vocabulary rows are split; norms and the embedding are not.
+    common/sharding.py has the rules. group: the `common.collectives.TensorParallel` that sums and gathers, or None.
     """
 
     q_heads: range
@@ -179,13 +180,8 @@ def load(
     device = pick_device(device) if isinstance(device, str) else device
     dtype = pick_dtype(dtype, device) if isinstance(dtype, str) else dtype
     found = resolve(source, device, dtype, context)
-    folder, origin = found.folder, f"{found.name} ({found.kind})"
-    if found.kind == "embedded":
-        from common import embedded
-
-        folder = embedded.model_folder()
-    elif found.kind == "hub":
-        folder = _download(found.name)
+    folder, origin = folder_of(found), f"{found.name} ({found.kind})"
+    if found.kind == "hub":
         origin = f"{found.name} (hub, revision {folder.name})"
     elif found.kind == "random":
         origin = f"{found.name} (seed {seed})"
@@ -205,6 +201,15 @@ def load(
         size = f"{config.num_parameters / 1e6:,.0f}M parameters, {str(dtype).removeprefix('torch.')} on {device}"
         print(f"model: {found.name} ({size}), from {where}, because {found.reason}")
     return model, tokenizer
+
+
+def folder_of(found: Source) -> Path | None:
+    """The folder of a source's files, fetched first where it is not here; None for random weights."""
+    if found.kind == "embedded":
+        from common import embedded
+
+        return embedded.model_folder()
+    return _download(found.name) if found.kind == "hub" else found.folder
 
 
 def _download(hub_id: str) -> Path:
@@ -291,8 +296,9 @@ def build(
         embed_tokens=embed_tokens,
         layers=tuple(layer(i) for i in progress),
         norm=norm("model.norm.weight"),
-        lm_head=Linear(head),
+        lm_head=Linear(head) if shard.group is None else SplitHead(head, shard.group, config.vocab_size),
         origin=origin,
+        bytes_read=tensors.bytes_read,
     )
 
 

@@ -45,6 +45,7 @@ class Llama:
     norm: Norm
     lm_head: Linear  # [V, D]
     origin: str = ""  # where the weights came from, for provenance
+    bytes_read: int = 0  # what was read of the checkpoint's files: a rank of a tensor-parallel run reads its slices
 
     @property
     def device(self) -> torch.device:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -44,3 +46,36 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+class PeakMemory:
+    """How much memory this process took at most since this was made: of the GPU, or on a CPU of the system.
+
+    On a CPU it is resident memory beside what the process had before, mapped pages of checkpoint files included.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._before = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+        except OSError:
+            pass  # not Linux: an earlier peak stands
+        self._before = _peak_resident_bytes()
+
+    @property
+    def num_bytes(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return _peak_resident_bytes() - self._before
+
+
+def _peak_resident_bytes() -> int:
+    try:
+        return int(re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) * 1024
+    except (OSError, TypeError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB

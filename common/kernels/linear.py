@@ -8,8 +8,9 @@ neighbours fused; `choose` is the one place where that is decided.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from common.kernels.argmax import argmax
@@ -18,6 +19,9 @@ from common.kernels.rms_norm import Norm, rms_norm
 from common.kernels.runtime import runs_triton
 from common.kernels.silu_mul import silu_mul
 from common.kernels.small_gemm import small_gemm, small_gemm_pays
+
+if TYPE_CHECKING:
+    from common.collectives import TensorParallel
 
 # oneDNN chooses the block layout for this many rows; measured, 32 serves 1 row and 512 rows alike.
 PACK_ROWS = 32
@@ -39,11 +43,11 @@ def _can_prepack(weight: torch.Tensor) -> bool:
 class Linear:
     """A weight [out, in] and how to multiply with it. There are no biases in a Llama.
 
-    `group`: the process group over which this product's input columns are split (tensor parallelism, row split), or
-    None. `linear_add` sums over it; nothing else of the decoder knows.
+    `group`: the ranks over which this product's input columns are split (tensor parallelism, row split; a
+    `common.collectives.TensorParallel`), or None. `linear_add` sums over it; nothing else of the decoder knows.
     """
 
-    def __init__(self, weight: torch.Tensor, *, prepack: bool = True, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, weight: torch.Tensor, *, prepack: bool = True, group: TensorParallel | None = None) -> None:
         self.out_features, self.in_features = weight.shape
         self.dtype, self.device = weight.dtype, weight.device
         self.group = group
@@ -78,6 +82,21 @@ class Linear:
         return residual.addmm_(x, self._weight.t())
 
 
+class SplitHead(Linear):
+    """A head of which this rank holds some vocabulary rows; `linear_float32` gathers the logits from all ranks.
+
+    weight: [this rank's rows, in]; total_rows: the vocabulary. Called with the sampled rows alone, so little travels.
+    """
+
+    def __init__(self, weight: torch.Tensor, ranks: TensorParallel, total_rows: int) -> None:
+        super().__init__(weight)
+        self.ranks, self.total_rows = ranks, total_rows
+
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        """[R, this rank's rows] -> [R, total_rows], the same bits on every rank."""
+        return self.ranks.gather_columns(part, self.total_rows)
+
+
 def choose(x: torch.Tensor, linear: Linear, most_rows: int) -> str:
     """Which product runs: "matvec" (one row), "small_gemm" (up to most_rows, on Hopper) or "library"."""
     if linear.is_prepacked or not runs_triton(x):
@@ -102,9 +121,7 @@ def linear_add(a: torch.Tensor, linear: Linear, x: torch.Tensor) -> torch.Tensor
     product = {"matvec": matvec, "small_gemm": small_gemm}.get(kernel)
     if linear.group is None:
         return product(a, linear.weight, residual=x) if product else linear.plus(a, x)
-    partial = product(a, linear.weight) if product else linear(a)
-    dist.all_reduce(partial, group=linear.group)
-    return x + partial
+    return x + linear.group.all_reduce(product(a, linear.weight) if product else linear(a))
 
 
 def norm_gate_up_silu(x: torch.Tensor, norm: Norm, gate_up: Linear) -> torch.Tensor:
@@ -118,15 +135,21 @@ def norm_gate_up_silu(x: torch.Tensor, norm: Norm, gate_up: Linear) -> torch.Ten
 
 def linear_float32(x: torch.Tensor, linear: Linear) -> torch.Tensor:
     """x W^T in float32, as logits are wanted: [R, D] -> [R, V]. Our kernels do not round to x's dtype in between."""
-    kernel = choose(x, linear, MOST_ROWS["linear_float32"])
-    if kernel == "library":
-        return linear(x).float()
-    return (matvec if kernel == "matvec" else small_gemm)(x, linear.weight, out_dtype=torch.float32)
+    return _head_product(x, linear).float()
 
 
 def greedy_ids(x: torch.Tensor, linear: Linear) -> torch.Tensor:
     """The index of each row's largest product, [R, D] -> int64 [R]. A library's product is compared as it was rounded:
     making float32 of it first would change nothing but the bytes moved.
     """
+    return argmax(_head_product(x, linear))
+
+
+def _head_product(x: torch.Tensor, linear: Linear) -> torch.Tensor:
+    """x W^T in float32 by our kernels or in x's dtype by the library, gathered where ranks hold parts of it."""
     kernel = choose(x, linear, MOST_ROWS["linear_float32"])
-    return argmax(linear(x) if kernel == "library" else linear_float32(x, linear))
+    if kernel == "library":
+        product = linear(x)
+    else:
+        product = (matvec if kernel == "matvec" else small_gemm)(x, linear.weight, out_dtype=torch.float32)
+    return linear.gather(product) if isinstance(linear, SplitHead) else product

@@ -1,0 +1,224 @@
+"""How much faster is a decode step on two devices, and what do the all-reduces cost?
+
+Tensor parallelism: every rank holds a part of every weight matrix (whole KV groups of qkv, a part of gate_up's columns,
+the matching columns of o_proj and down_proj, some vocabulary rows of the head) and reads only that part from the
+checkpoint. Two products a layer leave partial sums, which an all-reduce adds up; the decoder is the same as on one
+device. The rules are in common/sharding.py, the sums in common/collectives.py.
+
+Method: started plainly it first runs transformer-w3l1.py (left out with --skip-reference), then itself as --world
+processes through torch's launcher; `torchrun --nproc-per-node N` works too. The tokens must be those of one device. The
+all-reduces of a step are also timed alone; the ideal is the step on one device divided by N, plus them. On GPUs: NCCL,
+or one-shot and two-shot all-reduce over symmetric memory, chosen by a measurement at the start (--allreduce); on CPUs
+gloo. Output: results/transformer_tp2.csv (world, batch_size, time_us, tokens_per_s, allreduce_share, memory_bytes and
+bytes_read of the rank with the most, ...), .json, .png. With --prompt it answers instead.
+
+    python assignment4/Section2/transformer-tp2.py
+    torchrun --nproc-per-node 3 assignment4/Section2/transformer-tp2.py --prompt "What is the capital of France?"
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from common import cli
+
+NAME, REFERENCE = "transformer_tp2", "transformer_w3l1"
+# Options that may differ from rank to rank: where and how results are shown, which is rank 0's business.
+OWN_OPTIONS = {"out", "debug", "no_plot", "dump_tokens", "resume", "prompts"}
+
+
+def main(args):
+    from common import distributed
+
+    if not distributed.is_rank():
+        raise SystemExit(start(args))
+    with distributed.open_world(args, world_size=args.world) as world:
+        run(args, world)
+
+
+def start(args):
+    """Started plainly: the reference on one device, then this script as `--world` ranks. Returns the exit code."""
+    import subprocess
+
+    from common import distributed
+
+    cli.output_dir(args, __file__)
+    size, extra = args.world or 2, []
+    if args.device == "auto" and distributed.visible_gpus() < size:
+        print(f"fewer than {size} GPUs here: {size} processes on the CPU instead")
+        args.device, extra = "cpu", ["--device", "cpu"]
+    if cli.typed_prompts(args) is None and not args.skip_reference:
+        script = Path(__file__).with_name("transformer-w3l1.py")
+        print(f"[1/2] one device: {script.name}", flush=True)
+        code = subprocess.run([sys.executable, str(script), *reference_options(args)], check=False).returncode
+        if code:
+            return code
+        print(f"\n[2/2] {size} processes", flush=True)
+    return distributed.launch(__file__, size, [*sys.argv[1:], *extra])
+
+
+def reference_options(args):
+    """The options that both scripts have, as they were typed."""
+    names = ("model", "context", "device", "dtype", "preset", "out", "seed", "repeats", "warmup")
+    options = []
+    for name in (*names, "batch_sizes", "input_length", "output_lengths"):
+        value = getattr(args, name)
+        if value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            options += [f"--{name.replace('_', '-')}", text]
+    return options + [f"--{name}" for name in ("resume", "debug") if getattr(args, name)]
+
+
+def run(args, world):
+    """What every rank does; rank 0 alone writes and prints."""
+    from common import checkpoint, collectives, text_run, tp_experiment
+    from common.allreduce_timing import choose_algorithms
+    from common.results import ResultFile
+    from common.sharding import shard_of
+
+    options = {f"--{n.replace('_', '-')}": v for n, v in vars(args).items() if n not in OWN_OPTIONS}
+    world.require_same("option", options)
+    out = cli.output_dir(args, __file__) if world.is_first else None
+    prompts = world.broadcast(cli.typed_prompts(args) if world.is_first else None)
+    args.dump_tokens = args.dump_tokens if world.is_first else None
+
+    dtype = checkpoint.pick_dtype(args.dtype, world.device)
+    ranks = collectives.make_tensor_parallel(world, dtype, args.allreduce)
+    loaded = tp_experiment.prepare(
+        args, out, world.device, world, tp=lambda config: shard_of(config, world.rank, world.size, ranks)
+    )
+    exp, config = loaded.exp, loaded.config
+    parts = describe_ranks(world, config, exp.model)
+    if prompts is not None:
+        return text_run.answer(exp, prompts, max(args.output_lengths), tp_experiment.one_by_one(exp))
+
+    n1, n2 = tp_experiment.n1_n2(exp)
+    rows = [tp_experiment.rows_of(batch_size, world.device.type) for batch_size in args.batch_sizes]
+    for line in choose_algorithms(ranks, world, rows, config.hidden_size, insist=args.allreduce == "symm"):
+        print(line)
+    record = loaded.provenance(prompt_length=args.input_length, n1=n1, n2=n2, world=world.size)
+    reference = world.broadcast(read_reference(out, record) if world.is_first else None)
+    extra = collective_columns(world, ranks, config, reference["rows"])
+    file, tokens = None, {}
+    if world.is_first:
+        columns, key = (*tp_experiment.COLUMNS, "one_device_us", "speed_up"), ["world", "batch_size"]
+        file = ResultFile(out, NAME, columns, record, key=key, resume=args.resume)
+    with world.interrupts_at_once(args):
+        tp_experiment.measure(loaded, file, tokens, world, extra)
+    verdict = check_tokens(exp, tokens, reference["tokens"])
+    if world.is_first:
+        file.close(ranks=parts)
+        finish(exp, file, tokens, verdict)
+
+
+def describe_ranks(world, config, model):
+    """A table of what each rank holds and has read; the same list on every rank."""
+    from common.sharding import shard_of
+
+    parts = []
+    for rank, bytes_read in enumerate(world.exchange(model.bytes_read)):
+        shard = shard_of(config, rank, world.size)
+        sizes = {name: len(getattr(shard, name)) for name in ("q_heads", "kv_heads", "ffn", "vocab")}
+        parts.append({"rank": rank, **sizes, "bytes_read": bytes_read})
+    cli.print_table(parts, list(parts[0]))
+    return parts
+
+
+def read_reference(out, record):
+    """{"rows": batch size -> microseconds, "tokens": batch size -> tokens, "problem"} of transformer-w3l1.py here."""
+    from common.results import read_json, read_rows
+
+    other = read_json(out / f"{REFERENCE}.json")
+    nothing = {"rows": {}, "tokens": {}}
+    if other is None or not (out / f"{REFERENCE}.csv").exists():
+        return nothing
+    same = ("model", "dtype", "shapes", "prompt_length", "n1", "n2", "seed")
+    kinds = [str(each["device"]).partition(":")[0] for each in (other, record)]
+    if kinds[0] != kinds[1] or any(other.get(name) != record[name] for name in same):
+        return nothing
+    rows = {str(row["batch_size"]): row["time_us"] for row in read_rows(out / f"{REFERENCE}.csv", ("time_us",))}
+    return {"rows": rows, "tokens": other.get("output_token_ids", {})}
+
+
+def collective_columns(world, ranks, config, one_device_us):
+    """The columns of a row that need the other ranks: all of them time one step's all-reduces, alone."""
+    import torch
+
+    from common.allreduce_timing import time_eager, time_in_graph
+    from common.tp_experiment import rows_of
+
+    def extra(batch_size, step_s):
+        rows = rows_of(batch_size, world.device.type)
+        x = torch.zeros(rows, config.hidden_size, dtype=ranks.dtype, device=world.device)
+        measure = time_in_graph if world.device.type == "cuda" else time_eager
+        each_s = measure(world, ranks.all_reduce, x, repeats=5).median_s
+        reduce_s = 2 * config.num_hidden_layers * each_s if world.size > 1 else 0.0
+        one = one_device_us.get(str(batch_size))
+        return {
+            "allreduce_share": reduce_s / step_s,
+            "allreduce_us": 1e6 * reduce_s,
+            "allreduce": ranks.name_of(x),
+            "one_device_us": one,
+            "speed_up": one / (1e6 * step_s) if one else None,
+        }
+
+    return extra
+
+
+def check_tokens(exp, tokens, expected):
+    """Compare with one device's tokens; all ranks together, since a difference is judged by running the model."""
+    from common.equality import require_equal
+    from common.tp_experiment import prompts_of
+
+    verdicts = []
+    for batch_size, rows in tokens.items():
+        if want := expected.get(str(batch_size)):
+            what = f"batch {batch_size} against one device"
+            verdicts.append(require_equal(exp.model, prompts_of(exp, batch_size), want, rows, what))
+    return "; ".join(verdicts) or "no tokens of one device to compare with; run transformer-w3l1.py on the same sizes"
+
+
+def finish(exp, file, tokens, verdict):
+    from common import tp_experiment
+
+    if not file.rows:
+        raise KeyboardInterrupt
+    cli.print_table(file.rows, file.columns)
+    print(verdict)
+    print(conclusion(file.rows, exp.model.device.type))
+    tp_experiment.dump_tokens(exp, tokens)
+    cli.print_written(file.path, file.json_path)
+    if not exp.args.no_plot:
+        from common.tp_plot import draw
+
+        cli.print_written(draw(exp.out))
+
+
+def conclusion(rows, device_type):
+    """What the rows say, in words."""
+    row = rows[0]
+    text = (
+        f"on {row['world']} processes a step of batch {row['batch_size']} took {row['time_us'] / 1e3:.3g} ms; its "
+        f"all-reduces alone take {row['allreduce_share']:.0%} of that"
+    )
+    if row["speed_up"]:
+        ideal = row["one_device_us"] / row["world"] + row["allreduce_us"]
+        text += (
+            f". One device took {row['one_device_us'] / 1e3:.3g} ms: {row['speed_up']:.2f}x, where "
+            f"{row['one_device_us'] / ideal:.2f}x would be ideal"
+        )
+    if device_type == "cpu":
+        text += ". Processes on one CPU share its cores and its memory: what this shows is the mechanism, not a gain"
+    return text + "."
+
+
+if __name__ == "__main__":
+    from common.distributed import add_options
+    from common.tp_options import SWEEPS
+
+    parser = cli.build_parser(__doc__, sweeps=SWEEPS, text=True)
+    add_options(parser)
+    parser.add_argument("--allreduce", choices=("auto", "nccl", "symm"), default="auto", help="how GPUs sum")
+    parser.add_argument("--skip-reference", action="store_true", help="do not run transformer-w3l1.py first")
+    cli.run(main, parser)

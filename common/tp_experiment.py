@@ -1,0 +1,242 @@
+"""What transformer-w3l1.py and transformer-tp2.py share: the generation loop, the measuring, the rows.
+
+The loop and the decoder are the same on one device and on many. What differs is which slices of the weights a rank
+loads (common/sharding.py), and that two products a layer are summed over the ranks (common/kernels/linear.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from common import checkpoint, cli, roofline, text_run
+from common.config import ModelConfig
+from common.decode_graphs import bucket_of
+from common.distributed import World
+from common.engine import Engine
+from common.errors import UserError
+from common.experiment import Experiment
+from common.generation import StepTimes, StopRule
+from common.memory import PeakMemory
+from common.pages import pages_for
+from common.results import ResultFile
+from common.serving import Chunk, InputRequest, Request
+from common.timing import summarise
+from common.tp_options import PRESETS
+
+COLUMNS = (
+    "world",
+    "batch_size",
+    "time_us",
+    "tokens_per_s",
+    "allreduce_share",
+    "memory_bytes",
+    "bytes_read",
+    "time_us_p10",
+    "time_us_p90",
+    "allreduce_us",
+    "allreduce",
+)
+STEP_LIMIT_S = 120.0  # a generation that takes longer than this a token hangs in a collective
+PAGE_SIZE = 16
+Shards = Callable[[ModelConfig], checkpoint.Shard]
+SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096
+
+
+def generate(engine: Engine, prompts: Sequence[Sequence[int]], stop: StopRule, times: StepTimes) -> list[list[int]]:
+    """Greedy tokens after each of `prompts`. A step is launched before the one in front of it is read, so that the
+    host's work hides behind the device's; `times` needs no waiting of its own, since reading a token waits."""
+    given = [InputRequest("", stop.output_len, prompt, ignore_eos=stop.ignore_eos) for prompt in prompts]
+    requests = [Request(g, row, eos_token_ids=stop.eos_token_ids) for row, g in enumerate(given)]
+    times.start()
+    step = engine.launch([Chunk(r, 0, r.num_prefill) for r in requests])
+    while step is not None:
+        going_on = [Chunk(r, r.num_computed, 1) for r in requests if r.wants_more]
+        next_step = engine.launch(going_on) if going_on else None
+        for request, token in step.tokens().items():
+            request.read(token, 0.0)
+        times.step()
+        step = next_step
+    for request in requests:
+        engine.release(request)
+    return [request.output_token_ids for request in requests]
+
+
+def one_by_one(exp: Experiment) -> Callable[..., list[list[int]]]:
+    """For `text_run.answer`: each prompt on its own."""
+
+    def run(prompts: Sequence[Sequence[int]], stop: StopRule, times: StepTimes) -> list[list[int]]:
+        engine = make_engine(exp, 1, max(map(len, prompts)) + stop.output_len)
+        return [generate(engine, [prompt], stop, host_times())[0] for prompt in prompts]
+
+    return run
+
+
+def make_engine(exp: Experiment, batch_size: int, max_tokens: int) -> Engine:
+    """An engine whose pool holds exactly `batch_size` sequences of up to `max_tokens` tokens."""
+    pages = batch_size * pages_for(max_tokens, PAGE_SIZE)
+    return Engine(exp.model, page_size=PAGE_SIZE, num_pages=pages, max_requests=batch_size)
+
+
+def host_times() -> StepTimes:
+    """Stamps of the host's clock: the loop above reads a token before each, which is all the waiting there must be."""
+    import torch
+
+    return StepTimes(torch.device("cpu"))
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Loaded:
+    """An experiment on one device or on a rank's part of the model. `config`: the whole model's; `memory`: the peak
+    since before loading."""
+
+    exp: Experiment
+    config: ModelConfig
+    memory: PeakMemory
+
+    def provenance(self, **facts: Any) -> dict[str, Any]:
+        """Provenance with the whole model's shapes, also where this process holds a part of it."""
+        return replace(self.exp, model=replace(self.exp.model, config=self.config)).provenance(**facts)
+
+
+def prepare(args: Any, out: Path, device: Any, world: World | None = None, tp: Shards | None = None) -> Loaded:
+    """Sizes, ceilings, model. With `world`: after all ranks agreed which model it is, each loads what `tp` gives it.
+
+    UserError, on all ranks alike, where the ranks would load different models.
+    """
+    typed = cli.apply_preset(args, PRESETS, device.type)
+    dtype = checkpoint.pick_dtype(args.dtype, device)
+    name = args.model
+    if world is not None:
+        # Rank 0 decides what no --model means: ranks that look one after another could find different memory free.
+        name = world.broadcast(_named(checkpoint.resolve(name, device, dtype)) if world.is_first else None)
+    found = checkpoint.resolve(name, device, dtype, args.context)
+    folder = checkpoint.folder_of(found)
+    config = found.config or ModelConfig.from_pretrained(folder)
+    known = None
+    if world is None or world.is_first:  # one rank measures while the others wait
+        known = roofline.ceilings(device, dtype)
+    if world is not None:
+        facts = {"source": found.kind, "dtype": str(dtype), "device": device.type, "config": vars(config)}
+        world.require_same("model", facts | {"files": fingerprint(folder) if folder else ""})
+    memory = PeakMemory(device)
+    quiet = world is not None and not world.is_first
+    model, tokenizer = checkpoint.load(
+        name, device=device, dtype=dtype, tp=tp, seed=args.seed, context=args.context, quiet=quiet
+    )
+    return Loaded(Experiment(args, out, typed, model, tokenizer, known), config, memory)
+
+
+def _named(found: checkpoint.Source) -> str:
+    return "embedded" if found.kind == "embedded" else found.name
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells checkpoints apart without reading them whole: each file's size and 64 small blocks of it."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            for block in range(SAMPLED_BLOCKS):
+                file.seek(block * size // SAMPLED_BLOCKS)
+                digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()[:16]
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+# extra(batch_size, step_s) -> what the tensor-parallel script adds to a row; all ranks call it together
+Extra = Callable[[int, float], dict[str, Any]]
+
+
+def n1_n2(exp: Experiment) -> tuple[int, int]:
+    lengths = exp.args.output_lengths
+    if len(lengths) != 2:
+        raise UserError(f"--output-lengths: takes two lengths n1,n2 (a step is what lies between), not {len(lengths)}")
+    exp.check_context(exp.args.input_length, lengths[1], "--output-lengths")
+    return lengths[0], lengths[1]
+
+
+def dump_tokens(exp: Experiment, tokens: dict[int, list[list[int]]]) -> None:
+    """`--dump-tokens` of a measuring run: the largest batch of this run."""
+    if exp.args.dump_tokens and tokens:
+        rows = tokens[max(tokens)]
+        stop = StopRule(len(rows[0]), ignore_eos=True)
+        text_run.dump_tokens(exp.args.dump_tokens, prompts_of(exp, len(rows)), rows, stop)
+
+
+def prompts_of(exp: Experiment, batch_size: int) -> list[list[int]]:
+    return [exp.tokenizer.prompt_of_length(exp.args.input_length, 97 * row) for row in range(batch_size)]
+
+
+def measure(
+    loaded: Loaded,
+    file: ResultFile | None,
+    tokens: dict[int, list[list[int]]],
+    world: World | None = None,
+    extra: Extra | None = None,
+) -> None:
+    """Time a decode step at every batch size; rank 0 (or the only process) has `file` and writes the rows.
+
+    tokens: filled with batch size -> the tokens of each row, the same on all ranks.
+    """
+    exp = loaded.exp
+    n1, n2 = n1_n2(exp)
+    size = world.size if world else 1
+    for batch_size in exp.args.batch_sizes:
+        known = file is not None and file.has(world=size, batch_size=batch_size)
+        if world.broadcast(known) if world else known:
+            continue
+        if world and world.stop_requested():
+            break
+        prompts = prompts_of(exp, batch_size)
+        engine = make_engine(exp, batch_size, exp.args.input_length + n2)
+        samples = []
+        for repeat in range(exp.args.warmup + exp.args.repeats):
+            times = host_times()
+            if world:
+                world.heartbeat.expect_within(STEP_LIMIT_S + n2, f"a generation of {n2} tokens")
+            warm = repeat >= exp.args.warmup
+            stop = StopRule(n2 if warm else min(n2, n1 + 2), ignore_eos=True)
+            generated = generate(engine, prompts, stop, times)
+            if warm:
+                tokens[batch_size] = generated
+                samples.append((times.until(n2) - times.until(n1)) / (n2 - n1))
+            if world and world.stop_requested():
+                break
+        if world:
+            world.heartbeat.expect_within(None)
+            samples = [max(ranks) for ranks in zip(*world.exchange(samples))]
+        if not samples:
+            break
+        row = _row(loaded, world, batch_size, samples, extra)
+        if file is not None:
+            file.append(**row)
+
+
+def _row(
+    loaded: Loaded, world: World | None, batch_size: int, samples: list[float], extra: Extra | None
+) -> dict[str, Any]:
+    step = summarise(samples)
+    alone = {"allreduce_share": 0.0, "allreduce_us": 0.0, "allreduce": None}
+    mine = [loaded.memory.num_bytes, loaded.exp.model.bytes_read]
+    ranks = world.exchange(mine) if world else [mine]
+    return {
+        "world": len(ranks),
+        "batch_size": batch_size,
+        "time_us": 1e6 * step.median_s,
+        "tokens_per_s": batch_size / step.median_s,
+        "memory_bytes": max(m for m, _ in ranks),
+        "bytes_read": max(b for _, b in ranks),
+        "time_us_p10": 1e6 * step.p10_s,
+        "time_us_p90": 1e6 * step.p90_s,
+    } | (extra(batch_size, step.median_s) if extra else alone)
+
+
+def rows_of(batch_size: int, device_type: str) -> int:
+    """Rows of a step's activations: a captured graph pads the batch to its bucket."""
+    return bucket_of(batch_size) if device_type == "cuda" else batch_size
