@@ -84,6 +84,7 @@ def make_variants(world: World, dtype: torch.dtype, largest: int) -> tuple[list[
     if not any(world.exchange(problem)):
         try:
             symmetric = SymmetricMemory(group, device, dtype, min(largest, MAX_SYMMETRIC_BYTES))
+            world.leave_at_once = True  # tearing down after it was used in a captured graph can hang
         except UserError as error:
             problem = str(error)
     problems = [text for text in world.exchange(problem) if text]

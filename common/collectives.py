@@ -132,6 +132,7 @@ def make_tensor_parallel(world: Any, dtype: torch.dtype, choice: str = "auto") -
     if not any(world.exchange(problem)):  # setting it up takes all ranks: none may have stayed away
         try:
             parallel = TensorParallel(world.group, world.device, dtype, symmetric=True)
+            world.leave_at_once = True  # tearing down after it was used in a captured graph can hang
         except UserError as error:
             problem = str(error)
     problems = [text for text in world.exchange(problem) if text]

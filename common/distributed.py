@@ -123,6 +123,7 @@ class World:
     group: Any
     store: Any
     heartbeat: Any
+    leave_at_once: bool = False  # set where an ordinary way out can hang (symmetric memory)
     _exchanges: int = field(default=0, repr=False)
     _stop: bool = field(default=False, repr=False)
 
@@ -200,7 +201,8 @@ def _shown(value: Any) -> str:
 
 @contextlib.contextmanager
 def open_world(args: argparse.Namespace, *, world_size: int | None = None) -> Iterator[World]:
-    """Join the other ranks; on leaving, end the process group.
+    """Join the other ranks; on leaving, end the process group (and, with `leave_at_once`, the process: code after it
+    does not run then).
 
     args.device: auto, cpu or cuda; a rank takes the GPU of its local rank. world_size: what the user asked for, if so.
     An exception ends all ranks: the first one's line is printed, then the others end. Raises UserError for variables,
@@ -236,6 +238,10 @@ def open_world(args: argparse.Namespace, *, world_size: int | None = None) -> It
         _fail(world, error)
         raise
     _close(world)
+    if world.leave_at_once:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130 if getattr(args, "interrupted", False) else 0)
 
 
 def _read_environment(asked: int | None) -> tuple[int, int, int, int]:
@@ -379,11 +385,14 @@ def _lost_a_peer(error: BaseException) -> bool:
 
 def _close(world: World) -> None:
     """End the process group; if that hangs, leave the process deliberately: its results are on the disk."""
+    import gc
+
     import torch
     import torch.distributed as dist
 
     world.heartbeat.leave()
     if world.device.type == "cuda":
+        gc.collect()  # captured graphs hold on to NCCL's communicator, and engines to graphs in a cycle
         torch.cuda.synchronize(world.device)
 
     def destroy() -> None:

@@ -28,6 +28,7 @@ def greedy(model):
 
 with open_world(argparse.Namespace(device="cuda")) as world:
     problem = collectives.why_unavailable(world.device)
+    world.leave_at_once = sys.argv[1] == "symm"  # the others try the ordinary way out
     symmetric = sys.argv[1] != "nccl" and problem is None
     ranks = collectives.TensorParallel(world.group, world.device, torch.float32, symmetric=symmetric)
     lines = choose_algorithms(ranks, world, [1, 4], 64, insist=sys.argv[1] == "symm")
