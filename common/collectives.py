@@ -14,6 +14,7 @@ not used. They are looked for at run time: the module is private to torch.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -37,13 +38,16 @@ class TensorParallel:
         self.group, self.device, self.dtype = group, device, dtype
         self.size = dist.get_world_size(group)
         self.symmetric = SymmetricMemory(group, device, dtype, MAX_SYMMETRIC_BYTES) if symmetric else None
+        self.spent_s = 0.0  # seconds in `all_reduce` so far; on a CPU, where a call returns when it is done
         self.algorithm_of: dict[int, str] = {}  # bytes of a tensor -> algorithm; the library's where none is named
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of x over the ranks, on all of them; x itself may be overwritten."""
         algorithm = self.algorithm_of.get(x.nbytes, "library")
         if self.symmetric is None or algorithm == "library":
+            began = time.perf_counter()
             dist.all_reduce(x, group=self.group)
+            self.spent_s += time.perf_counter() - began
             return x
         return getattr(self.symmetric, algorithm)(x)
 

@@ -48,34 +48,32 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-class PeakMemory:
-    """How much memory this process took at most since this was made: of the GPU, or on a CPU of the system.
+class MemoryUse:
+    """How much memory this process took since this was made: at most, on a GPU; on a CPU, now.
 
-    On a CPU it is resident memory beside what the process had before, mapped pages of checkpoint files included.
+    On a CPU only what it has for itself counts: the mapped pages of checkpoint files are the system's cache, which goes
+    when memory is wanted. Where the system does not tell them apart (not Linux), the peak of all that is resident.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._before = 0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-            return
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
-        except OSError:
-            pass  # not Linux: an earlier peak stands
-        self._before = _peak_resident_bytes()
+        self._before = 0 if device.type == "cuda" else _own_bytes()
 
     @property
     def num_bytes(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return _peak_resident_bytes() - self._before
+        return _own_bytes() - self._before
 
 
-def _peak_resident_bytes() -> int:
+def _own_bytes() -> int:
     try:
-        return int(re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) * 1024
-    except (OSError, TypeError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
+        found = re.search(r"^RssAnon:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    if found:
+        return int(found[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB

@@ -20,10 +20,10 @@ from common.engine import Engine
 from common.errors import UserError
 from common.experiment import Experiment
 from common.generation import StepTimes, StopRule
-from common.memory import PeakMemory
+from common.memory import MemoryUse
 from common.pages import pages_for
 from common.results import ResultFile
-from common.serving import Chunk, InputRequest, Request
+from common.serving import Chunk, InputRequest, Request, Step
 from common.timing import summarise
 from common.tp_options import PRESETS
 
@@ -40,29 +40,35 @@ COLUMNS = (
     "allreduce_us",
     "allreduce",
 )
-STEP_LIMIT_S = 120.0  # a generation that takes longer than this a token hangs in a collective
+GENERATION_LIMIT_S = 120.0  # a generation that takes a second a token longer than this hangs in a collective
 PAGE_SIZE = 16
 Shards = Callable[[ModelConfig], checkpoint.Shard]
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096
 
 
 def generate(engine: Engine, prompts: Sequence[Sequence[int]], stop: StopRule, times: StepTimes) -> list[list[int]]:
-    """Greedy tokens after each of `prompts`. A step is launched before the one in front of it is read, so that the
-    host's work hides behind the device's; `times` needs no waiting of its own, since reading a token waits."""
+    """Greedy tokens after each of `prompts`. On a GPU a step is launched before the one in front of it is read, so that
+    the host's work hides behind the device's. `times` is stamped when a step's tokens are on the host."""
     given = [InputRequest("", stop.output_len, prompt, ignore_eos=stop.ignore_eos) for prompt in prompts]
     requests = [Request(g, row, eos_token_ids=stop.eos_token_ids) for row, g in enumerate(given)]
+    overlaps = engine.model.device.type == "cuda"
     times.start()
     step = engine.launch([Chunk(r, 0, r.num_prefill) for r in requests])
     while step is not None:
-        going_on = [Chunk(r, r.num_computed, 1) for r in requests if r.wants_more]
-        next_step = engine.launch(going_on) if going_on else None
+        ahead = launch_decodes(engine, requests) if overlaps else None
         for request, token in step.tokens().items():
             request.read(token, 0.0)
         times.step()
-        step = next_step
+        step = ahead or launch_decodes(engine, requests)
     for request in requests:
         engine.release(request)
     return [request.output_token_ids for request in requests]
+
+
+def launch_decodes(engine: Engine, requests: Sequence[Request]) -> Step | None:
+    """The next step of all requests that go on; None when there is none."""
+    chunks = [Chunk(r, r.num_computed, 1) for r in requests if r.wants_more]
+    return engine.launch(chunks) if chunks else None
 
 
 def one_by_one(exp: Experiment) -> Callable[..., list[list[int]]]:
@@ -70,7 +76,7 @@ def one_by_one(exp: Experiment) -> Callable[..., list[list[int]]]:
 
     def run(prompts: Sequence[Sequence[int]], stop: StopRule, times: StepTimes) -> list[list[int]]:
         engine = make_engine(exp, 1, max(map(len, prompts)) + stop.output_len)
-        return [generate(engine, [prompt], stop, host_times())[0] for prompt in prompts]
+        return [generate(engine, [prompt], stop, Stamps())[0] for prompt in prompts]
 
     return run
 
@@ -81,22 +87,33 @@ def make_engine(exp: Experiment, batch_size: int, max_tokens: int) -> Engine:
     return Engine(exp.model, page_size=PAGE_SIZE, num_pages=pages, max_requests=batch_size)
 
 
-def host_times() -> StepTimes:
-    """Stamps of the host's clock: the loop above reads a token before each, which is all the waiting there must be."""
-    import torch
+class Stamps(StepTimes):
+    """The host's clock (reading a token is all the waiting there must be), and beside each stamp a counter's state."""
 
-    return StepTimes(torch.device("cpu"))
+    def __init__(self, counter: Callable[[], float] = float) -> None:
+        import torch
+
+        super().__init__(torch.device("cpu"))
+        self._counter, self.counts = counter, [0.0]
+
+    def start(self) -> None:
+        super().start()
+        self.counts = [self._counter()]
+
+    def step(self) -> None:
+        super().step()
+        self.counts.append(self._counter())
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Loaded:
-    """An experiment on one device or on a rank's part of the model. `config`: the whole model's; `memory`: the peak
+    """An experiment on one device or on a rank's part of the model. `config`: the whole model's; `memory`: used
     since before loading."""
 
     exp: Experiment
     config: ModelConfig
-    memory: PeakMemory
+    memory: MemoryUse
 
     def provenance(self, **facts: Any) -> dict[str, Any]:
         """Provenance with the whole model's shapes, also where this process holds a part of it."""
@@ -123,7 +140,7 @@ def prepare(args: Any, out: Path, device: Any, world: World | None = None, tp: S
     if world is not None:
         facts = {"source": found.kind, "dtype": str(dtype), "device": device.type, "config": vars(config)}
         world.require_same("model", facts | {"files": fingerprint(folder) if folder else ""})
-    memory = PeakMemory(device)
+    memory = MemoryUse(device)
     quiet = world is not None and not world.is_first
     model, tokenizer = checkpoint.load(
         name, device=device, dtype=dtype, tp=tp, seed=args.seed, context=args.context, quiet=quiet
@@ -149,8 +166,17 @@ def fingerprint(folder: Path) -> str:
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
-# extra(batch_size, step_s) -> what the tensor-parallel script adds to a row; all ranks call it together
-Extra = Callable[[int, float], dict[str, Any]]
+@dataclass(frozen=True)
+class Parallel:
+    """What measuring on several ranks adds.
+
+    spent_s: seconds that this rank has spent in all-reduces so far. columns(batch_size, step_s, all_reduce_s): what is
+    added to a row, from a step's seconds and those of its all-reduces; all ranks call it together.
+    """
+
+    world: World
+    spent_s: Callable[[], float]
+    columns: Callable[[int, float, float], dict[str, Any]]
 
 
 def n1_n2(exp: Experiment) -> tuple[int, int]:
@@ -177,54 +203,65 @@ def measure(
     loaded: Loaded,
     file: ResultFile | None,
     tokens: dict[int, list[list[int]]],
-    world: World | None = None,
-    extra: Extra | None = None,
+    parallel: Parallel | None = None,
 ) -> None:
     """Time a decode step at every batch size; rank 0 (or the only process) has `file` and writes the rows.
 
     tokens: filled with batch size -> the tokens of each row, the same on all ranks.
     """
     exp = loaded.exp
-    n1, n2 = n1_n2(exp)
-    size = world.size if world else 1
+    n1_n2(exp)
+    world = parallel.world if parallel else None
     for batch_size in exp.args.batch_sizes:
-        known = file is not None and file.has(world=size, batch_size=batch_size)
+        known = file is not None and file.has(world=world.size if world else 1, batch_size=batch_size)
         if world.broadcast(known) if world else known:
             continue
         if world and world.stop_requested():
-            break
-        prompts = prompts_of(exp, batch_size)
-        engine = make_engine(exp, batch_size, exp.args.input_length + n2)
-        samples = []
-        for repeat in range(exp.args.warmup + exp.args.repeats):
-            times = host_times()
-            if world:
-                world.heartbeat.expect_within(STEP_LIMIT_S + n2, f"a generation of {n2} tokens")
-            warm = repeat >= exp.args.warmup
-            stop = StopRule(n2 if warm else min(n2, n1 + 2), ignore_eos=True)
-            generated = generate(engine, prompts, stop, times)
-            if warm:
-                tokens[batch_size] = generated
-                samples.append((times.until(n2) - times.until(n1)) / (n2 - n1))
-            if world and world.stop_requested():
-                break
+            return
+        samples = _sample(exp, batch_size, tokens, parallel)
         if world:
             world.heartbeat.expect_within(None)
-            samples = [max(ranks) for ranks in zip(*world.exchange(samples))]
+            # The slowest rank's step. Who waits least in the all-reduces waits for nobody: that is what they take.
+            samples = [(max(s for s, _ in ranks), min(r for _, r in ranks)) for ranks in zip(*world.exchange(samples))]
         if not samples:
-            break
-        row = _row(loaded, world, batch_size, samples, extra)
+            return
+        row = _row(loaded, batch_size, samples, parallel)
         if file is not None:
             file.append(**row)
 
 
+def _sample(
+    exp: Experiment, batch_size: int, tokens: dict[int, list[list[int]]], parallel: Parallel | None
+) -> list[tuple[float, float]]:
+    """(seconds of a step, seconds of it in all-reduces) of each repeat on this rank; fewer after an interrupt."""
+    (n1, n2), prompts = n1_n2(exp), prompts_of(exp, batch_size)
+    engine = make_engine(exp, batch_size, exp.args.input_length + n2)
+    samples = []
+    for repeat in range(exp.args.warmup + exp.args.repeats):
+        is_warm = repeat >= exp.args.warmup
+        times = Stamps(parallel.spent_s) if parallel else Stamps()
+        if parallel:
+            parallel.world.heartbeat.expect_within(GENERATION_LIMIT_S + n2, f"a generation of {n2} tokens")
+        stop = StopRule(n2 if is_warm else min(n2, n1 + 2), ignore_eos=True)
+        generated = generate(engine, prompts, stop, times)
+        if is_warm:
+            tokens[batch_size] = generated
+            step_s = (times.until(n2) - times.until(n1)) / (n2 - n1)
+            samples.append((step_s, (times.counts[n2] - times.counts[n1]) / (n2 - n1)))
+        if parallel and parallel.world.stop_requested():
+            break
+    return samples
+
+
 def _row(
-    loaded: Loaded, world: World | None, batch_size: int, samples: list[float], extra: Extra | None
+    loaded: Loaded, batch_size: int, samples: list[tuple[float, float]], parallel: Parallel | None
 ) -> dict[str, Any]:
-    step = summarise(samples)
-    alone = {"allreduce_share": 0.0, "allreduce_us": 0.0, "allreduce": None}
+    step = summarise([s for s, _ in samples])
+    columns = {"allreduce_share": 0.0, "allreduce_us": 0.0, "allreduce": None}
     mine = [loaded.memory.num_bytes, loaded.exp.model.bytes_read]
-    ranks = world.exchange(mine) if world else [mine]
+    ranks = parallel.world.exchange(mine) if parallel else [mine]
+    if parallel:
+        columns = parallel.columns(batch_size, step.median_s, summarise([r for _, r in samples]).median_s)
     return {
         "world": len(ranks),
         "batch_size": batch_size,
@@ -234,7 +271,7 @@ def _row(
         "bytes_read": max(b for _, b in ranks),
         "time_us_p10": 1e6 * step.p10_s,
         "time_us_p90": 1e6 * step.p90_s,
-    } | (extra(batch_size, step.median_s) if extra else alone)
+    } | columns
 
 
 def rows_of(batch_size: int, device_type: str) -> int:

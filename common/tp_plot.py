@@ -55,7 +55,7 @@ def _draw_times(ax: Any, rows: list[dict[str, Any]], world: int) -> None:
     ax.bar(xs, rest, width, color=plots.COLOURS[2], label=f"{world} ranks: the rest")
     ax.bar(
         xs, reduces, width, bottom=rest, yerr=error, capsize=3, color=plots.COLOURS[1], hatch="//", edgecolor="white",
-        label="all-reduces, timed alone",
+        label="all-reduces",
     )  # fmt: skip
     ax.set_xticks(list(xs), [f"batch {row['batch_size']}" for row in rows])
     ax.set(ylabel="ms a step", title="Time of a decode step")
@@ -75,8 +75,8 @@ def _draw_floor(ax: Any, rows: list[dict[str, Any]], record: dict[str, Any], wor
 
 
 def _draw_memory(ax: Any, row: dict[str, Any], one: dict[str, Any] | None) -> None:
-    """Peak memory and bytes read: of one device, and of the rank with the most."""
-    labels, width = ["peak memory", "read from the checkpoint"], 0.35
+    """Memory and bytes read: of one device, and of the rank with the most."""
+    labels, width = ["memory taken", "read from the checkpoint"], 0.35
     columns = ("memory_bytes", "bytes_read")
     bars = [(f"largest of {row['world']} ranks", row, width / 2, plots.COLOURS[2])]
     if one is not None:

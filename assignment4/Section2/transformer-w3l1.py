@@ -57,7 +57,7 @@ def conclusion(loaded, rows):
     return (
         f"a step of batch {first['batch_size']} took {first['time_us'] / 1e3:.3g} ms ({first['tokens_per_s']:.3g} "
         f"tokens/s), {floor_us / first['time_us']:.0%} of the memory bandwidth; batch {last['batch_size']} gave "
-        f"{last['tokens_per_s']:.3g} tokens/s. Peak memory {human_bytes(last['memory_bytes'])}, "
+        f"{last['tokens_per_s']:.3g} tokens/s. Memory taken: {human_bytes(last['memory_bytes'])}, "
         f"{human_bytes(last['bytes_read'])} read from the checkpoint."
     )
 

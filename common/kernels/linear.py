@@ -121,7 +121,7 @@ def linear_add(a: torch.Tensor, linear: Linear, x: torch.Tensor) -> torch.Tensor
     product = {"matvec": matvec, "small_gemm": small_gemm}.get(kernel)
     if linear.group is None:
         return product(a, linear.weight, residual=x) if product else linear.plus(a, x)
-    return x + linear.group.all_reduce(product(a, linear.weight) if product else linear(a))
+    return linear.group.all_reduce(product(a, linear.weight) if product else linear(a)).add_(x)
 
 
 def norm_gate_up_silu(x: torch.Tensor, norm: Norm, gate_up: Linear) -> torch.Tensor:

@@ -35,7 +35,7 @@ def load(folder, tp=checkpoint.Shard.whole):
 
 def greedy(model, prompts):
     engine = tp_experiment.Engine(model, num_pages=64, page_size=4, max_requests=len(prompts))
-    return tp_experiment.generate(engine, prompts, StopRule(OUTPUT_LEN, ignore_eos=True), tp_experiment.host_times())
+    return tp_experiment.generate(engine, prompts, StopRule(OUTPUT_LEN, ignore_eos=True), tp_experiment.Stamps())
 
 
 def compare(folder, world):

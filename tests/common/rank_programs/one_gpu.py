@@ -23,7 +23,7 @@ from common.sharding import shard_of
 def greedy(model):
     engine = tp_experiment.Engine(model, num_pages=64, page_size=16, max_requests=3)
     prompts = [list(range(3, 3 + n)) for n in (9, 1, 17)]
-    return tp_experiment.generate(engine, prompts, StopRule(24, ignore_eos=True), tp_experiment.host_times())
+    return tp_experiment.generate(engine, prompts, StopRule(24, ignore_eos=True), tp_experiment.Stamps())
 
 
 with open_world(argparse.Namespace(device="cuda")) as world:
