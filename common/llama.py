@@ -77,7 +77,9 @@ class Llama:
 
     @torch.inference_mode()
     def greedy(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [R, D] -> the likeliest next ids [R], int64: `logits(hidden).argmax(-1)`, without a float32 copy."""
+        """Hidden states [R, D] -> the likeliest next ids [R], int64: `logits(hidden).argmax(-1)`, without a float32
+        copy.
+        """
         return greedy_ids(hidden, self.lm_head)
 
     @torch.inference_mode()
