@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 from common import cli
-from common.errors import CheckFailed
 from common.results import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,18 +23,30 @@ PNGS = ("time_comparison.png", "prefill_comparison.png")
 
 
 def main(args) -> None:
-    options = ["--model", "embedded", "--device", "cpu", "--preset", args.preset]
     out = ["--out", args.out] if args.out else []
     scripts = [*MEASURING, *DRAWING]
     for number, name in enumerate(scripts, start=1):
-        script_options = [*(options if name in MEASURING else []), *out]
+        script_options = [*(options(args) if name in MEASURING else []), *out]
         shown = " ".join(["python", f"assignment2/{name}.py", *script_options])
         print(f"\n[{number}/{len(scripts)}] {shown}", flush=True)
         command = [sys.executable, str(FOLDER / f"{name}.py"), *script_options]
-        code = subprocess.run(command, check=False).returncode
+        code = wait(subprocess.Popen(command))
         if code:
-            raise CheckFailed(f"assignment2/{name}.py ended with exit code {code}")
+            raise SystemExit(code)  # the script has said why
     summarise(Path(args.out) if args.out else FOLDER / "results")
+
+
+def options(args) -> list[str]:
+    return ["--model", "embedded", "--device", "cpu", "--preset", args.preset]
+
+
+def wait(process: subprocess.Popen) -> int:
+    """The exit code. Ctrl-C reaches the script too, which then still writes and draws: it is given the time."""
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
 
 
 def summarise(folder: Path) -> None:
@@ -59,7 +70,11 @@ def summarise(folder: Path) -> None:
         cli.print_written(folder / file)
 
 
-if __name__ == "__main__":
+def build_parser():
     parser = cli.build_plot_parser(__doc__)
     parser.add_argument("--preset", choices=("quick", "laptop"), default="laptop", help="sizes (default: laptop)")
-    cli.run(main, parser)
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main, build_parser())

@@ -184,6 +184,35 @@ def test_from_another_folder_into_results_beside_the_script(clones, tmp_path):
     assert json.loads((results / "no_kv_times.json").read_text())["git_commit"] is None  # a copy is no clone
 
 
+def test_control_c_in_the_demo_lets_the_script_keep_its_rows(tmp_path):
+    """A terminal sends Ctrl-C to both. The demo must wait for the script, and end as it ended."""
+    code = (
+        "import sys, time; from common import demo, cli\n"
+        "demo.MEASURING = ('no_kv',); demo.DRAWING = ()\n"
+        f"demo.options = lambda args: {[*TINY, '--separate', '--output-lengths', '2,8000', '--context', '9000']!r}\n"
+        f"cli.run(demo.main, demo.build_parser(), ['--out', {str(tmp_path)!r}])\n"
+    )
+    args = [command("x")[0], "-c", code]
+    process = subprocess.Popen(args, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True,
+                               stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    path = tmp_path / "no_kv_times.csv"
+    for _ in range(1200):
+        if (path.exists() and path.read_text().count("\n") >= 2) or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "keeping the rows" in err and "Traceback" not in err, err
+    assert (tmp_path / "time_comparison.png").exists() and len(rows_of(path)) >= 1
+
+
+def test_the_demo_ends_with_the_code_of_the_script_that_failed(tmp_path):
+    (tmp_path / "file").write_text("")
+    args = [command("x")[0], "-m", "common.demo", "--out", str(tmp_path / "file")]
+    done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--out" in done.stderr
+
+
 @pytest.mark.slow
 def test_the_demo_runs_all_six_and_sums_up(tmp_path):
     """As `make demo` does it, at quick sizes, on the real model."""
