@@ -65,16 +65,18 @@ class PageAllocator:
 class DistKVCache:
     """One request's pages, in the order of its tokens.
 
-    `seqlen`: tokens that have room. `indices`: the page numbers. `last_page_offset`: tokens in the last page, from 1 to
-    page_size (0 while there is none): FlashInfer's `kv_last_page_len`.
+    `seqlen`: tokens that have their place. `indices`: the page numbers. `room`: tokens that its last page still takes.
+    `last_page_offset`: tokens in the last page, from 1 to page_size (0 while there is none): FlashInfer's
+    `kv_last_page_len`.
     """
 
-    __slots__ = ("pool", "seqlen", "indices", "_released")
+    __slots__ = ("pool", "seqlen", "indices", "room", "_released")
 
     def __init__(self, pool: PageAllocator):
         self.pool = pool
         self.seqlen = 0
         self.indices: list[int] = []
+        self.room = 0
         self._released: list[int] | None = None
 
     @property
@@ -83,10 +85,14 @@ class DistKVCache:
 
     def pages_needed(self, num_tokens: int) -> int:
         """New pages that `num_tokens` more tokens take."""
-        return pages_for(self.seqlen + num_tokens, self.pool.page_size) - len(self.indices)
+        return max(0, pages_for(num_tokens - self.room, self.pool.page_size))
 
     def allocate_tokens(self, num_tokens: int) -> None:
         """Make room for `num_tokens` more tokens: all of them, or none and OutOfPages(requested, free, total)."""
+        if 0 < num_tokens <= self.room:  # nearly every decode
+            self.seqlen += num_tokens
+            self.room -= num_tokens
+            return
         if self._released is not None:
             raise PageError(f"tokens added to a request after its pages {self._released} were released")
         if num_tokens < 0:
@@ -97,6 +103,7 @@ class DistKVCache:
         for _ in range(needed):
             self.indices.append(self.pool.alloc_page())
         self.seqlen += num_tokens
+        self.room += needed * self.pool.page_size - num_tokens
 
     def release(self) -> None:
         """Give all pages back. A second release is a PageError that names them."""
@@ -106,4 +113,4 @@ class DistKVCache:
             self.pool.free_page(page)
         self._released = self.indices
         self.indices = []
-        self.seqlen = 0
+        self.seqlen = self.room = 0

@@ -246,11 +246,13 @@ def reserve_pages(pool: PageAllocator, chunks: Sequence[Chunk]) -> None:
     """
     needed = 0
     for request, start, length in chunks:
-        if request.pages is None:
-            request.pages = DistKVCache(pool)
-        if start != request.num_computed or request.pages.seqlen != start:
+        pages = request.pages
+        if pages is None:
+            pages = request.pages = DistKVCache(pool)
+        if start != request.num_computed or pages.seqlen != start:
             raise ValueError(f"chunk at {start} of {request}, of which {request.num_computed} tokens are computed")
-        needed += request.pages.pages_needed(length)
+        if length > pages.room:
+            needed += pages.pages_needed(length)
     if needed > pool.num_free_pages:
         raise OutOfPages(needed, pool.num_free_pages, pool.capacity)
     for request, _, length in chunks:

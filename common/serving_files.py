@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import results, simulate
+from common.errors import UserError
 from common.serving import Request
 from common.serving_metrics import PERCENTILES, request_row
-from common.step_loop import StepLoop
+from common.step_loop import Hold, Iteration, StepLoop
 
 REQUEST_COLUMNS = (
     *("policy", "request", "arrival_s", "prompt_tokens", "output_tokens", "ttft_s", "tpot_s", "max_itl_s"),
@@ -26,7 +27,7 @@ SUMMARY_COLUMNS = (
     *("ceiling_tokens_per_s", "time_min", "time_max", "repeats", results.SUSPECT),
 )
 SLOT_COLUMNS = ("policy", "token_budget", "replica", "slot", "request", "start_s", "finish_s", "release_s")
-MAX_ITERATION_ROWS = 50_000  # of one policy: a longer run is thinned, or the file would be gigabytes
+MAX_ROWS = 20_000  # of one policy in one file: a longer run, which only the simulator makes, is thinned
 MAX_SLOT_ROWS = 5_000  # of one policy: what a timeline can show
 
 
@@ -69,6 +70,10 @@ class Files:
         self.iterations = file("iterations", ITERATION_COLUMNS, ["policy", "token_budget", "replica", "iteration"])
         self.slots = file("slots", SLOT_COLUMNS, ["policy", "token_budget", "replica", "slot", "request", "start_s"])
         self.summary = file("summary", SUMMARY_COLUMNS, ["policy", "token_budget"])
+        whole = {(row["policy"], row["token_budget"]) for row in self.summary.rows}
+        for each in self.all:
+            if any((row["policy"], row["token_budget"]) not in whole for row in each.rows):
+                raise UserError(f"--resume: {each.path} was cut off while a policy's rows were written; drop --resume")
 
     @property
     def all(self) -> list[results.ResultFile]:
@@ -78,62 +83,50 @@ class Files:
         return self.summary.has(policy=policy.name, token_budget=policy.token_budget)
 
     def write(self, run: Run, engine: str = "ours") -> None:
-        """All rows of a run. A kill in the middle leaves rows without a summary: `--resume` measures the policy again
-        and keeps those that are there."""
-        extra = {"engine": engine} if self.compare else {}
-        key = {"policy": run.policy.name, "token_budget": run.policy.token_budget}
-        mine = {**key, **extra}
-        self.requests.extend(
-            {**mine, **request_row(r)} for r in run.requests if not self.requests.has(**key, request=r.request_id)
-        )
+        """All rows of a run."""
+        mine = {"policy": run.policy.name, "token_budget": run.policy.token_budget}
+        if self.compare:
+            mine["engine"] = engine
+        self.requests.extend({**mine, **request_row(r)} for r in thinned(run.requests, run.policy, "requests"))
         for replica, loop in enumerate(run.loops):
-            self.iterations.extend(
-                {**mine, **row}
-                for row in _iteration_rows(loop, run.policy.label, replica)
-                if not self.iterations.has(**key, replica=replica, iteration=row["iteration"])
-            )
-            self.slots.extend(
-                {**mine, **row}
-                for row in _slot_rows(loop, replica)
-                if not self.slots.has(**key, **{name: row[name] for name in ("replica", "slot", "request", "start_s")})
-            )
-        self.summary.append(**{**extra, **run.summary})
+            iterations = thinned(list(enumerate(loop.iterations)), run.policy, "iterations")
+            self.iterations.extend({**mine, "replica": replica, **_iteration_row(i, it)} for i, it in iterations)
+            holds = sorted(loop.holds, key=lambda hold: hold.start_s)[:MAX_SLOT_ROWS]
+            self.slots.extend({**mine, "replica": replica, **_slot_row(hold)} for hold in holds)
+        self.summary.append(**{**run.summary, **mine})
 
     def close(self, **facts) -> None:
         for file in self.all:
             file.close(**facts)
 
 
-def _iteration_rows(loop: StepLoop, label: str, replica: int) -> list[dict]:
-    every = math.ceil(len(loop.iterations) / MAX_ITERATION_ROWS)
+def thinned(rows: Sequence, policy: Policy, what: str) -> Sequence:
+    """The rows, or every n-th of more than a file and a figure are good for."""
+    every = math.ceil(len(rows) / MAX_ROWS)
     if every > 1:
-        print(f"{label}: every {every}th of {len(loop.iterations):,} iterations is written")
-    return [
-        {
-            "iteration": i,
-            "start_s": it.start_s,
-            "time_us": it.time_us,
-            "kind": it.work.kind,
-            "running": it.running,
-            "waiting": it.waiting,
-            "pages_used": it.pages_used,
-            "replica": replica,
-            **{name: getattr(it.work, name) for name in simulate.WORK_COLUMNS},
-        }
-        for i, it in enumerate(loop.iterations)
-        if i % every == 0
-    ]
+        print(f"{policy.label}: one in {every} of {len(rows):,} {what} is written")
+    return rows[:: max(1, every)]
 
 
-def _slot_rows(loop: StepLoop, replica: int) -> list[dict]:
-    return [
-        {
-            "replica": replica,
-            "slot": hold.slot,
-            "request": hold.request_id,
-            "start_s": hold.start_s,
-            "finish_s": hold.finish_s,
-            "release_s": hold.release_s,
-        }
-        for hold in sorted(loop.holds, key=lambda hold: hold.start_s)[:MAX_SLOT_ROWS]
-    ]
+def _iteration_row(number: int, iteration: Iteration) -> dict:
+    work = iteration.work
+    return {
+        "iteration": number,
+        "start_s": iteration.start_s,
+        "time_us": iteration.time_us,
+        "kind": work.kind,
+        "running": iteration.running,
+        "waiting": iteration.waiting,
+        "pages_used": iteration.pages_used,
+        **{name: getattr(work, name) for name in simulate.WORK_COLUMNS},
+    }
+
+
+def _slot_row(hold: Hold) -> dict:
+    return {
+        "slot": hold.slot,
+        "request": hold.request_id,
+        "start_s": hold.start_s,
+        "finish_s": hold.finish_s,
+        "release_s": hold.release_s,
+    }

@@ -21,6 +21,7 @@ small models, attention kernels that are slow on few long rows. Check it on your
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 from common import cli, results
@@ -112,34 +113,61 @@ class StepModel:
     config: ModelConfig
 
     def time_s(self, work: Work) -> float:
-        m, c = self.machine, self.config
         tokens = work.prefill_tokens + work.decode_tokens
-        read_speed = m.memory_gb_per_s * 1e9 * MEMORY_EFFICIENCY
-        compute_speed = m.tflops * 1e12
-        head_weights = c.hidden_size * c.vocab_size
-        layer_weights = c.num_linear_parameters - head_weights
-        time = m.overhead_s + corner(
-            layer_weights * m.element_size / read_speed, 2 * tokens * layer_weights / compute_speed
-        )
+        read_speed, compute_speed = self._read_speed * MEMORY_EFFICIENCY, self._compute_speed
+        layers, head = self._layer_weights, self._head_weights
+        element_size = self.machine.element_size
+        time = self.machine.overhead_s
+        time += corner(layers * element_size / read_speed, 2 * tokens * layers / compute_speed)
         if work.sampled_tokens:
-            time += corner(
-                head_weights * m.element_size / read_speed, 2 * work.sampled_tokens * head_weights / compute_speed
-            )
-        time += work.context_tokens * c.kv_bytes_per_token(m.element_size) / read_speed
-        time += 4 * work.attended_pairs * c.q_size * c.num_hidden_layers / compute_speed
-        return time + tokens * activation_elements(c) * m.element_size / read_speed
+            time += corner(head * element_size / read_speed, 2 * work.sampled_tokens * head / compute_speed)
+        time += work.context_tokens * self._kv_bytes / read_speed
+        time += work.attended_pairs * self._attention_flops / compute_speed
+        return time + tokens * self._activations * element_size / read_speed
 
     def ceiling_s(self, work: Work) -> float:
         """What the roofline allows at best: full speed, no overhead, memory and compute perfectly overlapped."""
-        m, c = self.machine, self.config
         tokens = work.prefill_tokens + work.decode_tokens
-        head_weights = c.hidden_size * c.vocab_size
-        layer_weights = c.num_linear_parameters - head_weights
-        bytes_moved = (layer_weights + (head_weights if work.sampled_tokens else 0)) * m.element_size
-        bytes_moved += (work.context_tokens + tokens) * c.kv_bytes_per_token(m.element_size)
-        flops = 2 * (tokens * layer_weights + work.sampled_tokens * head_weights)
-        flops += 4 * (work.attended_pairs + work.context_tokens) * c.q_size * c.num_hidden_layers
-        return max(bytes_moved / (m.memory_gb_per_s * 1e9), flops / (m.tflops * 1e12))
+        weights = self._layer_weights + (self._head_weights if work.sampled_tokens else 0)
+        bytes_moved = weights * self.machine.element_size + (work.context_tokens + tokens) * self._kv_bytes
+        flops = 2 * (tokens * self._layer_weights + work.sampled_tokens * self._head_weights)
+        flops += self._attention_flops * (work.attended_pairs + work.context_tokens)
+        return max(bytes_moved / self._read_speed, flops / self._compute_speed)
+
+    # Bytes and operations a second
+    @cached_property
+    def _read_speed(self) -> float:
+        return self.machine.memory_gb_per_s * 1e9
+
+    @cached_property
+    def _compute_speed(self) -> float:
+        return self.machine.tflops * 1e12
+
+    # Numbers of weights
+    @cached_property
+    def _head_weights(self) -> int:
+        return self.config.hidden_size * self.config.vocab_size
+
+    @cached_property
+    def _layer_weights(self) -> int:
+        return self.config.num_linear_parameters - self._head_weights
+
+    @cached_property
+    def _kv_bytes(self) -> int:
+        """K and V of one token."""
+        return self.config.kv_bytes_per_token(self.machine.element_size)
+
+    @cached_property
+    def _attention_flops(self) -> int:
+        """Operations of one query-key pair: two products, a multiply and an add each, in every head and layer."""
+        return 4 * self.config.q_size * self.config.num_hidden_layers
+
+    @cached_property
+    def _activations(self) -> int:
+        """Elements written and read between the linears, a token: norms, residual sums, qkv, attention, SiLU."""
+        c = self.config
+        layer = 8 * c.hidden_size + 2 * (c.q_size + 2 * c.kv_size) + 2 * c.q_size + 6 * c.intermediate_size
+        return layer * c.num_hidden_layers
 
     def num_pages(self, page_size: int) -> int:
         """Pages that 95 % of what the weights leave free can hold."""
@@ -154,12 +182,6 @@ class StepModel:
 def corner(bytes_s: float, compute_s: float) -> float:
     """Time of a product that takes `bytes_s` for its bytes alone and `compute_s` for its operations alone."""
     return (bytes_s**CORNER + compute_s**CORNER) ** (1 / CORNER)
-
-
-def activation_elements(c: ModelConfig) -> int:
-    """Elements written and read between the linears, a token: two norms, two residual sums, qkv, attention, SiLU."""
-    layer = 8 * c.hidden_size + 2 * (c.q_size + 2 * c.kv_size) + 2 * c.q_size + 6 * c.intermediate_size
-    return layer * c.num_hidden_layers
 
 
 class SimulatedEngine(InstantEngine):

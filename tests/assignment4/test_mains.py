@@ -98,7 +98,7 @@ def test_replicas_resume_and_earlier_files(tmp_path):
 
 def test_real_run_gives_the_same_tokens_under_both_policies(tmp_path):
     file = tmp_path / "set.jsonl"
-    prompts = [{"prompt": "word " * n, "output_tokens": n % 7 + 1} for n in range(1, 12)]
+    prompts = [{"prompt": "word " * n, "output_tokens": n % 7 + 14} for n in range(1, 12)]
     file.write_text("\n".join(map(json.dumps, prompts)))
     options = [
         "--model",
