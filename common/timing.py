@@ -81,12 +81,24 @@ def graph_kernel_time(calls: Sequence[Callable[[], object]], *, repeats: int = 2
 
     calls: closures over distinct inputs and outputs, together at least 4x the L2 cache, so that no call finds its
     data there. They are captured in turn, round and round until the graph holds at least 20, and must neither wait for
-    the device nor allocate outside torch. UserError without CUDA.
+    the device nor allocate outside torch. A sample is several replays in a row, for some milliseconds: the time that
+    the host takes to submit the first one must not count. UserError without CUDA.
     """
     import torch
 
-    if not calls or repeats < 1:
-        raise ValueError("graph_kernel_time needs at least one call and one repeat")
+    if repeats < 1:
+        raise ValueError("graph_kernel_time needs at least one repeat")
+    replay, count = graph_sample(calls)
+    device = torch.device("cuda", torch.cuda.current_device())
+    return summarise([_event_seconds(replay, device) / count for _ in range(repeats)])
+
+
+def graph_sample(calls: Sequence[Callable[[], object]], *, least_s: float = 4e-3) -> tuple[Callable[[], None], int]:
+    """(replay, number of calls): `replay()` submits a captured graph of `calls` as often as fills `least_s`."""
+    import torch
+
+    if not calls:
+        raise ValueError("a graph needs at least one call")
     if not torch.cuda.is_available():
         raise UserError("kernel times in a CUDA graph need a CUDA device; none is visible")
     rounds = -(-MIN_GRAPH_CALLS // len(calls))
@@ -105,9 +117,13 @@ def graph_kernel_time(calls: Sequence[Callable[[], object]], *, repeats: int = 2
     for _ in range(3):
         graph.replay()
     device = torch.device("cuda", torch.cuda.current_device())
-    torch.cuda.synchronize()
-    count = rounds * len(calls)
-    return summarise([_event_seconds(graph.replay, device) / count for _ in range(repeats)])
+    times = max(1, min(100, round(least_s / max(_event_seconds(graph.replay, device), 1e-6))))
+
+    def replay() -> None:
+        for _ in range(times):
+            graph.replay()
+
+    return replay, times * rounds * len(calls)
 
 
 def _event_seconds(fn: Callable[[], object], device: Any) -> float:

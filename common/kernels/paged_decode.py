@@ -217,6 +217,8 @@ def _plan(batch, num_kv_heads, max_len, row_bytes, device):
             splits = splits if programs < 256 else 1
         elif 512 <= programs < 1024:
             splits, block_kv, num_warps, stages = 1, 64, 4, 3
+        elif programs >= 1024:
+            num_warps = 1
     block_kv = max(16, min(block_kv, block_kv * 256 // next_power_of_2(row_bytes)))
     return max(1, min(splits, 64, -(-max_len // block_kv))), block_kv, num_warps, stages
 
@@ -239,15 +241,16 @@ def _launch(q, new, pages, page_table, kv_lens, tables, scale, early, plan):
         q.stride(0), q.stride(1), k_new.stride(0), k_new.stride(1), *pages.stride()[:4], page_table.stride(0),
         out.stride(0), cos.stride(0), (scale or head_dim**-0.5) * math.log2(math.e), splits,
         GROUP=group, HEAD_DIM=head_dim, PAGE_SIZE=page_size, BLOCK_G=max(16, next_power_of_2(group)), BLOCK_D=block_d,
-        BLOCK_KV=block_kv, STAGES=stages, SPLIT=splits > 1, ROPE=bool(new), EARLY=early, PEEL=early,
+        BLOCK_KV=block_kv, STAGES=stages, SPLIT=splits > 1, ROPE=bool(new), EARLY=early,
+        PEEL=early and batch * num_kv_heads < 1024,
         **launch_options(q.device, num_warps=num_warps),
     )  # fmt: skip
     if splits > 1:
         block_s = next_power_of_2(splits)
+        merge_warps = max(1, min(4, block_s * block_d // 1024))
         _merge_kernel[(num_heads, batch)](
             partial, lse, kv_lens, out, out.stride(0), splits, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_KV=block_kv,
-            BLOCK_S=block_s, EARLY=early,
-            **launch_options(q.device, num_warps=max(1, min(4, block_s * block_d // 1024))),
+            BLOCK_S=block_s, EARLY=early, **launch_options(q.device, num_warps=merge_warps),
         )  # fmt: skip
     return out
 

@@ -166,7 +166,9 @@ def paged_prefill_triton(q, k, v, pages, page_table, q_indptr, kv_lens, scale=No
     num_seqs = q_indptr.shape[0] - 1
     page_size, num_kv_heads = pages.shape[2:4]
     assert q.stride(2) == k.stride(2) == v.stride(2) == 1 and k.stride() == v.stride()
-    block_m, block_n, num_warps, stages = tiles or _tiles(head_dim, q.element_size(), num_tokens // max(1, num_seqs))
+    block_m, block_n, num_warps, stages = tiles or _tiles(
+        head_dim, q.element_size(), num_tokens // max(1, num_seqs), q.device
+    )
     out = torch.empty(num_tokens, num_heads, head_dim, dtype=q.dtype, device=q.device)
     _paged_prefill_kernel[(num_heads, num_tokens // block_m + num_seqs)](
         q, k, v, pages, page_table, q_indptr, kv_lens, out, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
