@@ -174,7 +174,8 @@ def linear_cases(device, dtype) -> Iterator[Case]:
         for rows in ROWS:
             xs = _randn(n, rows, features, device=device, dtype=dtype)
             rs = _randn(n, rows, out, device=device, dtype=dtype) if name in ("o", "down") else xs
-            engines = {"ours": _each(ours, xs, linears, rs), "torch": _each(theirs, xs, weights, rs)}
+            sums = [r.clone() for r in rs]  # linear_add may put its result where the residual was
+            engines = {"ours": _each(ours, xs, linears, sums), "torch": _each(theirs, xs, weights, rs)}
             want = _each(lambda x, w, r, f=theirs: f(x.double(), w.double(), r.double()), xs, weights, rs)
             yield Case("linear", f"{name} {rows} rows", "read", num_bytes, n, lambda want=want: want(0), engines)
 

@@ -95,7 +95,7 @@ def test_named_operations_agree_whatever_runs(dtype, rows):
     x64, weights = x.double(), [w.weight.double() for w in (qkv, down, gate_up)]
     normed = x64 / (x64.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight.double()
     close(norm_linear(x, norm, qkv), normed @ weights[0].T, dtype)
-    close(linear_add(a, down, x), x64 + a.double() @ weights[1].T, dtype)
+    close(linear_add(a, down, x.clone()), x64 + a.double() @ weights[1].T, dtype)
     gate, up = (normed @ weights[2].T).chunk(2, -1)
     close(norm_gate_up_silu(x, norm, gate_up), gate * gate.sigmoid() * up, dtype)
     logits = linear_float32(x, qkv)
