@@ -15,6 +15,8 @@ Writes kernels.csv and kernels.json. Needs a CUDA device.
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from common import cli, results, timing
 from common.errors import CheckFailed, UserError
 
@@ -34,12 +36,13 @@ def main(args) -> None:
 
     out = cli.output_dir(args, __file__)
     device = torch.device("cuda" if args.device == "auto" else args.device)
+    device = torch.device("cuda", device.index or 0)
     torch.cuda.set_device(device)
     dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
     wanted = bench_cases.CASES if args.kernels is None else chosen(args.kernels, bench_cases.CASES)
     torch.manual_seed(args.seed)
     known = roofline.ceilings(device, dtype)
-    record = results.provenance(args, device=str(device), dtype=str(dtype), ceilings=known)
+    record = results.provenance(args, device=str(device), dtype=str(dtype), ceilings=asdict(known))
     file = results.ResultFile(out, "kernels", COLUMNS, record, key=["kernel", "shape", "engine"], resume=args.resume)
     with cli.keep_partial(args), torch.inference_mode():
         for name in wanted:
@@ -68,17 +71,8 @@ def measure(case, known, dtype, repeats: int) -> list[dict]:
     import torch
 
     device = torch.device("cuda", torch.cuda.current_device())
-    want = case.want()
-    errors = {name: relative_error(run(0), want) for name, run in case.engines.items()}
-    del want
-    limit = TOLERANCE[str(dtype).removeprefix("torch.")]
-    for name, error in errors.items():
-        if error is not None and not error < limit:
-            message = f"{case.kernel} {case.shape}: {name} differs from the reference by {error:.2g} (limit {limit:g})"
-            if name == "ours":
-                raise CheckFailed(message)
-            print(f"left out: {message}")
-    engines = {name: run for name, run in case.engines.items() if errors[name] is None or errors[name] < limit}
+    errors = checked(case, TOLERANCE[str(dtype).removeprefix("torch.")])
+    engines = {name: case.engines[name] for name in errors}
     samples = {
         name: timing.graph_sample([lambda i=i, run=run: run(i) for i in range(case.copies)])
         for name, run in engines.items()
@@ -102,6 +96,26 @@ def measure(case, known, dtype, repeats: int) -> list[dict]:
         })  # fmt: skip
         print(*(f"{k}={v}" for k, v in rows[-1].items() if k in COLUMNS[:4] + COLUMNS[6:10] and v is not None))
     return rows
+
+
+def checked(case, limit: float) -> dict[str, float | None]:
+    """The error of each engine that is within `limit`. CheckFailed if ours is not; a peer is left out, and said so."""
+    want, errors = case.want(), {}
+    for name, run in case.engines.items():
+        try:
+            error = relative_error(run(0), want)
+            problem = f"differs from the reference by {error:.2g} (limit {limit:g})" if (error or 0) >= limit else None
+        except Exception as failure:
+            if name == "ours":
+                raise
+            error, problem = None, f"{type(failure).__name__}: {failure}"
+        if problem is None:
+            errors[name] = error
+        elif name == "ours":
+            raise CheckFailed(f"{case.kernel} {case.shape}: ours {problem}")
+        else:
+            print(f"left out: {case.kernel} {case.shape}: {name} {problem}")
+    return errors
 
 
 def relative_error(got, want) -> float | None:

@@ -20,7 +20,8 @@ from common.kernels.rms_norm import Norm
 HIDDEN, FFN, VOCAB, HEADS, KV_HEADS, HEAD_DIM = 4096, 14336, 128256, 32, 8, 128
 QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM
 PAGE_SIZE = 16
-ROWS = (1, 2, 8, 16, 32, 64, 96, 128, 192, 256)
+ELEMENTWISE_ROWS = (8192, 1024)
+ROWS = (1, 8, 32, 64, 96, 128, 192, 256)
 DECODES = ((1, 4096), (16, 4096), (64, 2048), (256, 1024), (1, 32768), (1, 272), (32, 272), (128, 272))
 PREFILLS = ((16, 1024), (4, 4096), (2, 8192), (1, 16384))
 
@@ -82,7 +83,7 @@ def rms_norm_cases(device, dtype) -> Iterator[Case]:
         return F.rms_norm(x, (HIDDEN,), weight, eps)
 
     compiled = torch.compile(plain, dynamic=False)
-    for rows in (8192, 1024):
+    for rows in ELEMENTWISE_ROWS:
         num_bytes = 2 * rows * HIDDEN * dtype.itemsize
         n = _copies(num_bytes, device)
         xs = _randn(n, rows, HIDDEN, device=device, dtype=dtype)
@@ -108,7 +109,7 @@ def add_rms_norm_cases(device, dtype) -> Iterator[Case]:
         return F.rms_norm(total, (HIDDEN,), norm.weight, norm.eps), total
 
     compiled = torch.compile(plain, dynamic=False)
-    for rows in (8192, 1024):
+    for rows in ELEMENTWISE_ROWS:
         num_bytes = 4 * rows * HIDDEN * dtype.itemsize
         n = _copies(num_bytes, device)
         xs, rs = (_randn(n, rows, HIDDEN, device=device, dtype=dtype) for _ in range(2))
@@ -125,7 +126,7 @@ def add_rms_norm_cases(device, dtype) -> Iterator[Case]:
 def silu_mul_cases(device, dtype) -> Iterator[Case]:
     flashinfer, liger = _installed("flashinfer.activation"), _installed("liger_kernel.ops.swiglu")
     compiled = torch.compile(silu_mul.silu_mul_reference, dynamic=False)
-    for rows in (8192, 1024):
+    for rows in ELEMENTWISE_ROWS:
         num_bytes = 3 * rows * FFN * dtype.itemsize
         n = _copies(num_bytes, device)
         xs = _randn(n, rows, 2 * FFN, device=device, dtype=dtype)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.errors import CheckFailed, UserError
-from common.kernels import bench, bench_cases
+from common.kernels import bench, bench_cases, runtime
 
 
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
@@ -38,3 +38,30 @@ def test_a_wrong_kernel_is_never_timed(monkeypatch):
     case = bench_cases.Case("k", "s", "copy", 1, 2, lambda: torch.ones(4), {"ours": lambda i: torch.full((4,), 1.5)})
     with pytest.raises(CheckFailed, match="ours differs"):
         bench.measure(case, None, torch.float32, 3)
+
+
+@pytest.mark.skipif(not runtime.INTERPRETED, reason="the copy kernel runs on a CPU in Triton's interpreter only")
+@pytest.mark.parametrize("name", bench_cases.CASES)
+def test_every_engine_agrees_with_its_reference(monkeypatch, name):
+    small = {
+        "HIDDEN": 64,
+        "FFN": 96,
+        "VOCAB": 100,
+        "HEADS": 4,
+        "KV_HEADS": 2,
+        "HEAD_DIM": 16,
+        "QKV": 128,
+        "ROWS": (1, 3),
+    }
+    small |= {"ELEMENTWISE_ROWS": (2,), "DECODES": ((1, 40), (3, 17)), "PREFILLS": ((2, 32),)}
+    for constant, value in small.items():
+        monkeypatch.setattr(bench_cases, constant, value)
+    monkeypatch.setattr(bench_cases, "_copies", lambda num_bytes, device: 2)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    with torch.inference_mode():
+        for case in bench_cases.CASES[name](torch.device("cpu"), torch.float32):
+            errors = bench.checked(case, 1e-5)
+            assert errors.keys() == case.engines.keys(), "an engine was left out"
+            assert case.amount > 0 and errors["ours"] is not None
+            case.engines["other"] = lambda i, run=case.engines["ours"]: run(1)  # other inputs: not a constant result
+            assert "other" not in bench.checked(case, 1e-5)
