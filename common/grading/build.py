@@ -1,0 +1,187 @@
+"""Compiles a learner's file with its harness: with g++ (or clang++) against the emulation, or with nvcc."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+from common.errors import UserError
+from common.grading.lab import Lab
+from common.grading.rewrite import find_lacking, rewrite
+
+HERE = Path(__file__).resolve().parent
+EMULATION, HARNESS = HERE / "emulation", HERE / "harness"
+COMPILE_LIMIT_S = 120
+
+# `checked` finds memory errors; `interleaved` may switch threads at any memory access (emulation/hooks.cpp).
+VARIANTS = {
+    "checked": ["-fsanitize=address,alignment", "-fno-sanitize-recover=alignment"],
+    "interleaved": ["-fsanitize=thread"],
+}
+_COMMON_FLAGS = ["-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-w", "-DTLAB_EMULATION", "-I", str(EMULATION)]
+
+
+class CompileFailed(Exception):
+    """The learner's file does not compile. The message is the compiler's first error, at the learner's line."""
+
+
+class Blocked(Exception):
+    """The file uses something the emulation lacks. The message names the construct and its line."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """Executables of the emulation by variant, or one built by nvcc under the key `gpu`."""
+
+    programs: dict[str, Path]
+
+
+def compiler() -> str:
+    """The C++ compiler: $CXX, else g++, else clang++; UserError where there is none."""
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        if name and (path := shutil.which(name)):
+            return path
+    raise UserError("no C++ compiler found: install g++ (or clang++), or set CXX")
+
+
+def nvcc() -> str | None:
+    return shutil.which("nvcc")
+
+
+def _run(command: list[str], cwd: Path) -> subprocess.CompletedProcess:
+    try:
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=COMPILE_LIMIT_S, errors="replace")
+    except subprocess.TimeoutExpired:
+        raise CompileFailed(f"the compiler did not end within {COMPILE_LIMIT_S} s") from None
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("TLAB_CACHE") or platformdirs.user_cache_dir("transformers-lab")
+    folder = Path(base) / "grading"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _cached_object(source: Path, flags: list[str]) -> Path:
+    """An object file of our own source: compiled once, and again whenever a source, flag or compiler changes."""
+    digest = hashlib.sha256("\0".join([compiler(), *flags]).encode())
+    for path in [source, *sorted(EMULATION.rglob("*.h")), *sorted(HARNESS.glob("*.h"))]:
+        digest.update(path.read_bytes())
+    target = _cache_folder() / f"{source.stem}-{digest.hexdigest()[:24]}.o"
+    if not target.exists():
+        part = target.with_suffix(f".{os.getpid()}.part")
+        done = _run([compiler(), *flags, "-c", str(source), "-o", str(part)], HERE)
+        if done.returncode:
+            raise UserError(f"{compiler()} cannot compile {source.name}: {_first_error(done.stderr, '')}")
+        os.replace(part, target)  # atomic: two graders at once do no harm
+    return target
+
+
+def _first_error(stderr: str, name: str) -> str:
+    """The compiler's first error, at a line of the learner's file if one is named."""
+    lines = stderr.splitlines()
+    errors = [line for line in lines if re.search(r"\berror\b", line)]
+    own = [line for line in errors if name and name in line]
+    text = (own or errors or lines or ["the compiler failed without a message"])[0]
+    return text.replace(str(Path(text.split(":")[0]).parent) + "/", "") if ":" in text else text
+
+
+_UNKNOWN = re.compile(
+    r"['‘](?P<a>[\w:]+)['’] (?:was not declared|is not a member|has not been declared|does not name)"
+    r"|has no member named ['‘](?P<b>\w+)['’]|(?P<c>[\w/.]+\.(?:h|cuh|hpp)): No such file"
+    r"|use of undeclared identifier '(?P<d>[\w:]+)'|['\"](?P<e>[\w/.]+)['\"] file not found"
+)
+_CUDA_NAME = re.compile(r"^(cuda[A-Z_]|__[a-z]|cg$|cooperative_groups|atomic[A-Z]|make_|tex|surf|(u?(char|short|int|long|longlong)|float|double|half)\d)")
+
+
+def _lacking_name(stderr: str) -> str | None:
+    """The CUDA name that the emulation's headers do not know, if that is what the first error is about."""
+    first = next((line for line in stderr.splitlines() if re.search(r"\berror\b", line)), "")
+    match = _UNKNOWN.search(first)
+    if match is None or "did you mean" in first:
+        return None
+    name = next(group for group in match.groups() if group)
+    return name if match["c"] or match["e"] or _CUDA_NAME.match(name.split("::")[-1]) or _CUDA_NAME.match(name) else None
+
+
+def _learner_error(done: subprocess.CompletedProcess, source: Path) -> Exception:
+    if name := _lacking_name(done.stderr):
+        return Blocked(f"{name} (not in the emulation: grade on a machine with a GPU, or do without it)")
+    return CompileFailed(_first_error(done.stderr, source.name))
+
+
+def check_nvcc(source: Path, include: Path, work: Path) -> None:
+    """Compiles for sm_80 and sm_90 with nvcc: what g++ accepts need not be CUDA. CompileFailed with nvcc's first error."""
+    command = [str(nvcc()), "-std=c++17", "-w", "-c", f"-I{source.parent}", f"-I{include}", "-o", str(work / "nvcc.o"), str(source)]
+    for arch in ("80", "90"):
+        command.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
+    done = _run(command, work)
+    if done.returncode:
+        raise CompileFailed("nvcc: " + _first_error(done.stderr, source.name))
+
+
+def build_emulated(lab: Lab, source: Path, work: Path) -> Built:
+    """Both variants of the emulated program. Raises Blocked or CompileFailed."""
+    text = source.read_text(errors="replace")
+    if lacking := find_lacking(text):
+        raise Blocked(f"{lacking.construct} (line {lacking.line}; not in the emulation: grade on a machine with a GPU)")
+    translated = work / (source.stem + ".emulated.cpp")
+    translated.write_text(rewrite(text, source.name))
+    include = ["-I", str(source.parent), "-I", str(lab.folder), "-include", "cuda_runtime.h"]
+    jobs = {}
+    for variant, flags in VARIANTS.items():
+        target = work / f"{variant}.o"
+        command = [compiler(), *_COMMON_FLAGS, *flags, *include, "-c", str(translated), "-o", str(target)]
+        jobs[variant] = subprocess.Popen(command, cwd=work, stderr=subprocess.PIPE, text=True, errors="replace")
+    failed = None
+    for job in jobs.values():
+        try:
+            _, stderr = job.communicate(timeout=COMPILE_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            job.kill()
+            raise CompileFailed(f"the compiler did not end within {COMPILE_LIMIT_S} s") from None
+        if job.returncode and failed is None:
+            failed = _learner_error(subprocess.CompletedProcess([], job.returncode, "", stderr), source)
+    if failed:
+        raise failed
+    return Built({variant: _link_emulated(lab, variant, source, work) for variant in VARIANTS})
+
+
+def _link_emulated(lab: Lab, variant: str, source: Path, work: Path) -> Path:
+    # The memory checks also go into the runtime itself; the hooks only into the learner's code.
+    flags = VARIANTS[variant] if variant == "checked" else []
+    own = [EMULATION / "scheduler.cpp", EMULATION / "runtime_api.cpp", HARNESS / lab.harness]
+    own += [EMULATION / "hooks.cpp"] if variant == "interleaved" else []
+    objects = [str(_cached_object(path, [*_COMMON_FLAGS, *flags])) for path in own]
+    program = work / variant
+    done = _run([compiler(), *flags, str(work / f"{variant}.o"), *objects, "-o", str(program), "-lpthread"], work)
+    if done.returncode:
+        raise _link_error(lab, done.stderr, source)
+    return program
+
+
+def _link_error(lab: Lab, stderr: str, source: Path) -> Exception:
+    if re.search(rf"undefined (reference|symbols?).*{lab.function}|{lab.function}.*undefined", stderr, re.S):
+        return CompileFailed(f"{source.name}: no function with the signature `{lab.signature}`")
+    if "multiple definition" in stderr or "duplicate symbol" in stderr:
+        return CompileFailed(f"{source.name}: defines something the harness defines too (a main()?): {stderr.splitlines()[0][-160:]}")
+    return CompileFailed(_first_error(stderr, source.name))
+
+
+def build_gpu(lab: Lab, source: Path, work: Path) -> Built:
+    """The harness and the learner's file built by nvcc for the GPU in this machine, and a shared library for timing."""
+    base = [str(nvcc()), "-std=c++17", "-O3", "-w", "-lineinfo", "-arch=native", "-I", str(source.parent), "-I", str(lab.folder)]
+    library = work / "learner.so"
+    done = _run([*base, "-shared", "-Xcompiler", "-fPIC", "-o", str(library), str(source)], work)
+    if done.returncode:
+        raise CompileFailed(_first_error(done.stderr, source.name))
+    program = work / "gpu"
+    done = _run([*base, "-I", str(HARNESS), "-x", "cu", "-o", str(program), str(source), str(HARNESS / lab.harness)], work)
+    if done.returncode:
+        raise _link_error(lab, done.stderr, source)
+    return Built({"gpu": program, "library": library})

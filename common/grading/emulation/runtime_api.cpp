@@ -1,0 +1,250 @@
+// Memory, errors and events of the emulated device; see memory.h and runtime_api.h.
+#include "runtime_api.h"
+#include "memory.h"
+#include "scheduler.h"
+
+#include <map>
+#include <time.h>
+
+#if defined(__SANITIZE_ADDRESS__)
+#define EMU_ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define EMU_ASAN 1
+#endif
+#endif
+#ifdef EMU_ASAN
+#include <sanitizer/asan_interface.h>
+#else
+static void __asan_poison_memory_region(const volatile void *, size_t) {}
+static void __asan_unpoison_memory_region(const volatile void *, size_t) {}
+#endif
+
+struct emuEvent { double milliseconds; };
+
+namespace emu {
+
+struct Region { size_t bytes; bool device, mapped, registered; };
+static std::map<const char *, Region> regions;  // by start
+static Counts totals{};
+static cudaError_t last_error = cudaSuccess;
+static size_t dynamic_limit = kSharedPerBlock;
+static int open_depth = 0;
+
+static std::map<const char *, Region>::iterator find(const void *pointer) {
+    auto after = regions.upper_bound(static_cast<const char *>(pointer));
+    if (after == regions.begin()) return regions.end();
+    auto it = std::prev(after);
+    return static_cast<const char *>(pointer) < it->first + (it->second.bytes ? it->second.bytes : 1) ? it : regions.end();
+}
+
+void *allocate_filled(size_t bytes, size_t alignment) {
+    static const int pattern = getenv("EMU_FILL") ? static_cast<int>(strtol(getenv("EMU_FILL"), nullptr, 0)) : 0xFF;
+    void *memory = nullptr;
+    if (alignment < sizeof(void *)) alignment = sizeof(void *);
+    if (posix_memalign(&memory, alignment, bytes ? bytes : 1)) return nullptr;
+    memset(memory, pattern, bytes);
+    if (!bytes) __asan_poison_memory_region(memory, 1);
+    return memory;
+}
+
+DeviceMemoryOpen::DeviceMemoryOpen() {
+    if (open_depth++ == 0)
+        for (auto &r : regions)
+            if (r.second.device) __asan_unpoison_memory_region(r.first, r.second.bytes);
+}
+DeviceMemoryOpen::~DeviceMemoryOpen() {
+    if (--open_depth == 0)
+        for (auto &r : regions)
+            if (r.second.device) __asan_poison_memory_region(r.first, r.second.bytes);
+}
+
+void count_launch() { ++totals.launches; }
+Counts counts() { return totals; }
+void name_buffer(const char *name, const void *start, size_t bytes) { finding("buffer", "%s %p %zu", name, start, bytes); }
+size_t shared_memory_limit() { return dynamic_limit; }
+unsigned resident_blocks(int threads, size_t shared_bytes) {
+    if (threads < 1 || threads > 1024) return 0;
+    unsigned blocks = kThreadsPerMultiprocessor / ((threads + 31) / 32 * 32);
+    size_t by_shared = kSharedPerMultiprocessor / (shared_bytes + 1024);  // a block's own kilobyte, as on real devices
+    if (by_shared < blocks) blocks = static_cast<unsigned>(by_shared);
+    return blocks < kBlocksPerMultiprocessor ? blocks : kBlocksPerMultiprocessor;
+}
+
+// A copy's end must lie in memory of the kind that the direction names.
+static cudaError_t check_range(const char *which, const void *pointer, size_t pitch, size_t width, size_t height, bool device) {
+    auto it = find(pointer);
+    bool is_device = it != regions.end() && it->second.device;
+    if (is_device != device) {
+        finding("copy-direction", "the %s of a copy is %s memory, the direction says %s", which,
+                is_device ? "device" : "host", device ? "device" : "host");
+        return cudaErrorInvalidValue;
+    }
+    size_t need = pitch * (height - 1) + width;
+    if (it != regions.end() && static_cast<const char *>(pointer) + need > it->first + it->second.bytes) {
+        finding("copy-out-of-bounds", "the %s of a copy needs %zu bytes, its allocation has %zu from there", which, need,
+                static_cast<size_t>(it->first + it->second.bytes - static_cast<const char *>(pointer)));
+        return cudaErrorInvalidValue;
+    }
+    return cudaSuccess;
+}
+
+}  // namespace emu
+
+using namespace emu;
+
+cudaError_t emu_last(cudaError_t error) {
+    if (error != cudaSuccess) last_error = error;
+    return error;
+}
+cudaError_t cudaGetLastError() {
+    cudaError_t error = last_error;
+    last_error = cudaSuccess;
+    return error;
+}
+cudaError_t cudaPeekAtLastError() { return last_error; }
+
+cudaError_t emu_malloc(void **pointer, size_t bytes) {
+    if (bytes > size_t{1} << 31 || !(*pointer = allocate_filled(bytes, 256))) return emu_last(cudaErrorMemoryAllocation);
+    regions[static_cast<char *>(*pointer)] = {bytes, true, false, false};
+    totals.allocated_bytes += bytes;
+    if (open_depth == 0) __asan_poison_memory_region(*pointer, bytes);
+    return cudaSuccess;
+}
+static cudaError_t release(void *pointer, bool device) {
+    if (!pointer) return cudaSuccess;
+    auto it = regions.find(static_cast<char *>(pointer));
+    if (it == regions.end() || it->second.device != device || it->second.registered) return emu_last(cudaErrorInvalidValue);
+    if (device) totals.allocated_bytes -= it->second.bytes;
+    __asan_unpoison_memory_region(pointer, it->second.bytes);
+    regions.erase(it);
+    free(pointer);
+    return cudaSuccess;
+}
+cudaError_t cudaFree(void *pointer) { return release(pointer, true); }
+cudaError_t cudaFreeHost(void *pointer) { return release(pointer, false); }
+cudaError_t emu_host_alloc(void **pointer, size_t bytes, unsigned) {
+    if (!(*pointer = allocate_filled(bytes, 4096))) return emu_last(cudaErrorMemoryAllocation);
+    regions[static_cast<char *>(*pointer)] = {bytes, false, true, false};
+    return cudaSuccess;
+}
+cudaError_t cudaHostRegister(void *pointer, size_t bytes, unsigned) {
+    if (find(pointer) != regions.end()) return emu_last(cudaErrorHostMemoryAlreadyRegistered);
+    regions[static_cast<char *>(pointer)] = {bytes, false, true, true};
+    return cudaSuccess;
+}
+cudaError_t cudaHostUnregister(void *pointer) {
+    auto it = regions.find(static_cast<char *>(pointer));
+    if (it == regions.end() || !it->second.registered) return emu_last(cudaErrorHostMemoryNotRegistered);
+    regions.erase(it);
+    return cudaSuccess;
+}
+cudaError_t emu_host_device_pointer(void **device, void *host) {
+    auto it = find(host);
+    if (it == regions.end() || !it->second.mapped) return emu_last(cudaErrorInvalidValue);
+    *device = host;
+    return cudaSuccess;
+}
+cudaError_t cudaMemset(void *device, int value, size_t bytes) {
+    if (!bytes) return cudaSuccess;
+    if (cudaError_t error = check_range("target", device, bytes, bytes, 1, true)) return emu_last(error);
+    ++totals.copies;
+    DeviceMemoryOpen open;
+    memset(device, value, bytes);
+    return cudaSuccess;
+}
+cudaError_t cudaMemcpy2D(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height,
+                         cudaMemcpyKind kind) {
+    if (!width || !height) return cudaSuccess;
+    if (width > to_pitch || width > from_pitch) return emu_last(cudaErrorInvalidPitchValue);
+    if (kind < cudaMemcpyHostToHost || kind > cudaMemcpyDefault) return emu_last(cudaErrorInvalidMemcpyDirection);
+    if (kind != cudaMemcpyDefault) {
+        bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
+        bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
+        if (cudaError_t error = check_range("target", to, to_pitch, width, height, to_device)) return emu_last(error);
+        if (cudaError_t error = check_range("source", from, from_pitch, width, height, from_device)) return emu_last(error);
+    }
+    ++totals.copies;
+    DeviceMemoryOpen open;
+    for (size_t row = 0; row < height; ++row)
+        memmove(static_cast<char *>(to) + row * to_pitch, static_cast<const char *>(from) + row * from_pitch, width);
+    return cudaSuccess;
+}
+
+const char *cudaGetErrorName(cudaError_t error) {
+    switch (error) {
+    case cudaSuccess: return "cudaSuccess";
+    case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
+    case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
+    case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
+    case cudaErrorInvalidPitchValue: return "cudaErrorInvalidPitchValue";
+    case cudaErrorCooperativeLaunchTooLarge: return "cudaErrorCooperativeLaunchTooLarge";
+    default: return "another CUDA error";
+    }
+}
+const char *cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(error); }
+
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
+    if (device) return emu_last(cudaErrorInvalidDevice);
+    memset(p, 0, sizeof *p);
+    strcpy(p->name, "emulated device");
+    p->totalGlobalMem = size_t{1} << 31;
+    p->sharedMemPerBlock = kSharedPerBlock;
+    p->sharedMemPerBlockOptin = kSharedPerBlockOptIn;
+    p->sharedMemPerMultiprocessor = kSharedPerMultiprocessor;
+    p->warpSize = 32;
+    p->maxThreadsPerBlock = p->maxThreadsDim[0] = p->maxThreadsDim[1] = 1024;
+    p->maxThreadsDim[2] = 64;
+    p->maxGridSize[0] = 0x7fffffff;
+    p->maxGridSize[1] = p->maxGridSize[2] = 65535;
+    p->major = 9;
+    p->multiProcessorCount = kMultiprocessors;
+    p->canMapHostMemory = p->unifiedAddressing = p->concurrentKernels = p->cooperativeLaunch = 1;
+    p->maxThreadsPerMultiProcessor = kThreadsPerMultiprocessor;
+    p->maxBlocksPerMultiProcessor = kBlocksPerMultiprocessor;
+    p->l2CacheSize = 1 << 20;
+    p->regsPerBlock = p->regsPerMultiprocessor = 65536;
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device) {
+    cudaDeviceProp p;
+    if (cudaError_t error = cudaGetDeviceProperties(&p, device)) return error;
+    switch (attribute) {
+    case cudaDevAttrMaxThreadsPerBlock: *value = p.maxThreadsPerBlock; break;
+    case cudaDevAttrMaxSharedMemoryPerBlock: *value = static_cast<int>(p.sharedMemPerBlock); break;
+    case cudaDevAttrWarpSize: *value = 32; break;
+    case cudaDevAttrMultiProcessorCount: *value = p.multiProcessorCount; break;
+    case cudaDevAttrL2CacheSize: *value = p.l2CacheSize; break;
+    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = p.maxThreadsPerMultiProcessor; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = p.major; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = p.minor; break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = static_cast<int>(p.sharedMemPerMultiprocessor); break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(p.sharedMemPerBlockOptin); break;
+    case cudaDevAttrCanMapHostMemory: case cudaDevAttrUnifiedAddressing: case cudaDevAttrCooperativeLaunch: *value = 1; break;
+    default: return emu_last(cudaErrorInvalidValue);
+    }
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventCreate(cudaEvent_t *event) { return *event = new emuEvent{0.0}, cudaSuccess; }
+cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
+    timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    event->milliseconds = now.tv_sec * 1e3 + now.tv_nsec * 1e-6;
+    return cudaSuccess;
+}
+cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEvent_t end) {
+    return *milliseconds = static_cast<float>(end->milliseconds - start->milliseconds), cudaSuccess;
+}
+
+cudaError_t emu_occupancy(int *blocks, int threads, size_t shared_bytes) {
+    *blocks = static_cast<int>(resident_blocks(threads, shared_bytes));
+    return threads < 1 ? emu_last(cudaErrorInvalidValue) : cudaSuccess;
+}
+cudaError_t emu_set_shared_limit(cudaFuncAttribute attribute, int value) {
+    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+    if (value < 0 || static_cast<size_t>(value) > kSharedPerBlockOptIn) return emu_last(cudaErrorInvalidValue);
+    dynamic_limit = static_cast<size_t>(value) > dynamic_limit ? static_cast<size_t>(value) : dynamic_limit;
+    return cudaSuccess;
+}

@@ -1,0 +1,165 @@
+"""Grades one file: build, run under every schedule, compare, explain, count points."""
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import UserError
+from common.grading import build, run
+from common.grading.check import Evaluation, evaluate
+from common.grading.hints import hint_for
+from common.grading.lab import Case, Lab, inputs_of
+from common.grading.lessons import explain
+from common.grading.outcome import CaseResult, Lesson, Outcome, Report
+
+CORRECTNESS_POINTS, SPEED_POINTS = 80, 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to grade. `cases`: names, or parts of names, of the cases to run; empty runs all."""
+
+    cases: tuple[str, ...] = ()
+    quick: bool = False
+    use_gpu: bool = True
+    nvcc: bool = True  # compile with nvcc too where it is installed
+
+
+def choose_cases(lab: Lab, options: Options, *, on_gpu: bool = False) -> list[Case]:
+    """The cases to run; UserError names a pattern that fits none."""
+    chosen = [case for case in lab.cases if (case.quick or not options.quick) and (on_gpu or not case.gpu_only)]
+    if not options.cases:
+        return chosen
+    for pattern in options.cases:
+        if not any(pattern in case.name for case in lab.cases):
+            raise UserError(f"--case {pattern}: no case of {lab.name} is called so; try {lab.cases[0].name} (--list shows all)")
+    runnable = [case for case in lab.cases if on_gpu or not case.gpu_only]
+    exact = [case for case in runnable if case.name in options.cases]
+    found = exact or [case for case in runnable if any(pattern in case.name for pattern in options.cases)]
+    if not found:
+        raise UserError(f"--case {options.cases[0]}: that case needs a GPU")
+    return found
+
+
+def grade(lab: Lab, source: Path, options: Options = Options()) -> Report:  # noqa: B008 (frozen)
+    """Grades `source` as the learner's file of `lab`. UserError when there is no such file."""
+    if not source.is_file():
+        raise UserError(f"{source}: no such file; `--reset` restores the stub")
+    if lab.kind == "triton":
+        from common.grading.triton_grader import grade_triton
+
+        report = grade_triton(lab, source, options)
+    else:
+        with tempfile.TemporaryDirectory(prefix="tlab-grade-") as folder:
+            report = _grade_cuda(lab, source.resolve(), options, Path(folder))
+    if report.lesson:
+        report.hint = hint_for(lab, report.lesson.id)
+    return report
+
+
+def _grade_cuda(lab: Lab, source: Path, options: Options, work: Path) -> Report:
+    on_gpu = options.use_gpu and gpu_present()
+    cases = choose_cases(lab, options, on_gpu=on_gpu)
+    report = Report(lab.name, source.name, Outcome.CORRECT)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        try:
+            if on_gpu:
+                built = build.build_gpu(lab, source, work)
+            else:
+                built = build.build_emulated(lab, source, work)
+            check = pool.submit(build.check_nvcc, source, lab.folder, work) if _wants_nvcc(options, on_gpu) else None
+            evaluations = _run_all(lab, cases, built, work, pool)
+            if check:
+                check.result()
+                report.notes.append("nvcc compiles it for sm_80 and sm_90")
+        except build.CompileFailed as error:
+            return _stopped(report, lab, Outcome.DOES_NOT_COMPILE, Lesson("does-not-compile", str(error)))
+        except build.Blocked as error:
+            return _stopped(report, lab, Outcome.BLOCKED, Lesson("blocked", f"the emulation lacks {error}"))
+    report.machine = "GPU" if on_gpu else "CPU emulation of CUDA (no GPU here)"
+    judge(lab, evaluations, report)
+    if on_gpu and report.outcome is Outcome.CORRECT and not options.cases:
+        from common.grading.gpu import measure_speed
+
+        measure_speed(lab, built.programs["library"], report, work)
+    elif not on_gpu:
+        report.notes.append(f"speed: not measured (no GPU), so the total is out of {CORRECTNESS_POINTS}")
+    return report
+
+
+def gpu_present() -> bool:
+    """A GPU and nvcc; the driver's own tool tells, so that nothing heavy is imported."""
+    if build.nvcc() is None or shutil.which("nvidia-smi") is None:
+        return False
+    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    return done.returncode == 0 and "GPU" in done.stdout
+
+
+def _wants_nvcc(options: Options, on_gpu: bool) -> bool:
+    return options.nvcc and not options.quick and not on_gpu and build.nvcc() is not None
+
+
+def _run_all(lab: Lab, cases: Sequence[Case], built: build.Built, work: Path, pool: ThreadPoolExecutor) -> list[Evaluation]:
+    inputs = [inputs_of(lab, case) for case in cases]
+    run.write_jobs(lab, cases, inputs, work)
+    if "gpu" in built.programs:
+        runs = {run.FIRST: run.run_cases(built.programs["gpu"], cases, run.FIRST, work, gpu=True)}
+    else:
+        jobs = {s: pool.submit(run.run_cases, built.programs[s.variant], cases, s, work) for s in run.SCHEDULES}
+        runs = {schedule: job.result() for schedule, job in jobs.items()}
+    evaluations = []
+    for i, case in enumerate(cases):
+        own = {s: r[i] for s, r in runs.items() if s == run.FIRST or not case.heavy}
+        evaluations.append(evaluate(lab, case, inputs[i], own))
+    return evaluations
+
+
+def judge(lab: Lab, evaluations: list[Evaluation], report: Report) -> None:
+    """Sets outcome, lesson, cases and points of `report` from what the cases gave."""
+    for e in evaluations:
+        detail, order = "", ""
+        if failure := e.first_failure:
+            detail, order = e.describe(failure[1]), failure[0].name
+        report.cases.append(CaseResult(e.case.name, e.case.group, e.passed, e.case.hidden, detail, order))
+    report.points = _points(lab, report.cases)
+    blocked = [t for e in evaluations for r in e.runs.values() for k, t in r.findings if k == "blocked"]
+    if blocked:
+        report.outcome, report.lesson = Outcome.BLOCKED, Lesson("blocked", f"the emulation lacks {blocked[0]}")
+        report.points = {group: (0.0, of) for group, (_, of) in report.points.items()}
+    elif _nothing_done(evaluations):
+        report.outcome = Outcome.NOT_STARTED
+        report.lesson = Lesson("not-started", f"`{lab.function}` does nothing yet: start with TODO 1 in {lab.source}")
+    elif found := explain(lab, evaluations):
+        report.outcome, report.lesson, smallest = found
+        # The smallest failing case stands first among the failed ones.
+        report.cases.sort(key=lambda c: (c.passed, c.name != smallest.case.name))
+
+
+def _nothing_done(evaluations: list[Evaluation]) -> bool:
+    runs = [e.runs[run.FIRST] for e in evaluations if run.FIRST in e.runs]
+    return bool(runs) and all(
+        r.ran and r.work == 0 and not r.findings and r.output is not None and e.unwritten(r).all()
+        for e, r in zip(evaluations, runs)
+    )
+
+
+def _points(lab: Lab, cases: list[CaseResult]) -> dict[str, tuple[float, float]]:
+    """Each group's points times the share of its cases that pass; groups without a case in this run are left out."""
+    correctness, _ = lab.points()
+    points = {}
+    for group, of in correctness.items():
+        own = [case for case in cases if case.group == group]
+        if own:
+            points[group] = (of * sum(case.passed for case in own) / len(own), float(of))
+    return points
+
+
+def _stopped(report: Report, lab: Lab, outcome: Outcome, lesson: Lesson) -> Report:
+    correctness, _ = lab.points()
+    report.outcome, report.lesson = outcome, lesson
+    report.points = {group: (0.0, float(of)) for group, of in correctness.items()}
+    return report

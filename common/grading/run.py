@@ -1,0 +1,230 @@
+"""Runs a built program on cases, in a process of its own with limits, and reads what happened.
+
+A crash or an endless loop ends one case, not the grading: the program is started again from the next case.
+"""
+
+import os
+import re
+import resource
+import signal
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from common.grading.lab import Case, Lab
+
+FILLS = {"nan": 0xFF, "large": 0x4B}  # bytes: 0xFFFFFFFF is a NaN, 0x4B4B4B4B is 13,323,083.0
+CASE_LIMIT_S = 10
+MEMORY_LIMIT_MB = 3000
+MOST_CRASHES = 4  # then the remaining cases count as failed without being run
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One way to run all cases: the order of threads and blocks, and what memory holds that was never written."""
+
+    order: str = "ascending"
+    fill: str = "nan"
+    variant: str = "checked"
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.order if self.fill == "nan" else f"{self.order}, memory filled with {self.fill} values"
+
+
+FIRST = Schedule()
+SCHEDULES = (
+    FIRST,
+    Schedule(fill="large"),
+    Schedule(order="descending"),
+    Schedule(order="shuffled", seed=1),
+    Schedule(order="interleaved", variant="interleaved", seed=2),
+)
+
+
+@dataclass(frozen=True)
+class Crash:
+    """How a case ended early. `kind`: a finding of the emulation, `asan-…`, `misaligned`, `timeout`, `signal-…`."""
+
+    kind: str
+    text: str
+
+
+@dataclass
+class CaseRun:
+    """One case under one schedule."""
+
+    output: np.ndarray | None = None
+    crash: Crash | None = None
+    findings: list[tuple[str, str]] = field(default_factory=list)  # (kind, text): launch errors, changed inputs, leaks
+    buffers: dict[str, tuple[int, int]] = field(default_factory=dict)  # name -> address, bytes
+    work: int = 0  # launches and copies; 0: the function did nothing
+    ran: bool = False
+
+
+def write_jobs(lab: Lab, cases: Sequence[Case], inputs: Sequence[Sequence[np.ndarray]], work: Path) -> None:
+    """Input files for all cases, once for all schedules."""
+    folder = work / "inputs"
+    folder.mkdir(exist_ok=True)
+    for number, arrays in enumerate(inputs):
+        with (folder / f"{number}.in").open("wb") as file:
+            for array in arrays:
+                file.write(np.ascontiguousarray(array, dtype=np.float32).tobytes())
+
+
+def _limit_resources(checked: bool) -> None:
+    os.setsid()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
+    if not checked:  # AddressSanitizer reserves terabytes of address space; it has a limit of its own
+        limit = (MEMORY_LIMIT_MB + 2000) << 20
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _environment(schedule: Schedule, progress: Path) -> dict[str, str]:
+    asan = f"detect_leaks=0:detect_stack_use_after_return=0:exitcode=99:hard_rss_limit_mb={MEMORY_LIMIT_MB}"
+    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "TMPDIR")}
+    return kept | {
+        "TLAB_PROGRESS": str(progress),
+        "EMU_ORDER": schedule.order,
+        "EMU_SEED": str(schedule.seed),
+        "EMU_FILL": str(FILLS[schedule.fill]),
+        "ASAN_OPTIONS": asan,
+    }
+
+
+def run_cases(program: Path, cases: Sequence[Case], schedule: Schedule, work: Path, *, gpu: bool = False) -> list[CaseRun]:
+    """All cases under one schedule. Inputs are those of `write_jobs`."""
+    name = f"{schedule.order}-{schedule.fill}"
+    outputs = work / name
+    outputs.mkdir(exist_ok=True)
+    runs = [CaseRun() for _ in cases]
+    pending = [i for i, case in enumerate(cases) if schedule == FIRST or not case.heavy]
+    crashes = 0
+    while pending and crashes < MOST_CRASHES:
+        last = _run_once(program, cases, pending, schedule, work, outputs, runs, gpu)
+        if last is None:
+            break
+        crashes += 1
+        pending = [i for i in pending if i > last]
+    return runs
+
+
+def _run_once(program, cases, pending, schedule, work, outputs, runs, gpu) -> int | None:
+    """One start of the program. Returns the case that it died in, or None when it did all."""
+    jobs, progress, log = outputs / "jobs", outputs / "progress", outputs / "log"
+    lines = []
+    for i in pending:
+        case, sizes = cases[i], list(cases[i].sizes.values())
+        lines.append(f"{i} {case.calls} {CASE_LIMIT_S} {case.epsilon!r} {len(sizes)} {' '.join(map(str, sizes))}\n")
+    jobs.write_text("".join(lines))
+    progress.write_text("")
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            [str(program), str(jobs), str(work / "inputs"), str(outputs)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            env=_environment(schedule, progress),
+            cwd=outputs,
+            preexec_fn=lambda: _limit_resources(checked=gpu or schedule.variant == "checked"),
+        )
+        timed_out = False
+        try:
+            # The program's own alarm ends a case; this limit also holds when the learner's code turns the alarm off.
+            process.wait(timeout=2 * CASE_LIMIT_S + 3 * len(pending))
+        except subprocess.TimeoutExpired:
+            timed_out = True
+        try:
+            os.killpg(process.pid, signal.SIGKILL)  # whatever it started ends with it
+        except ProcessLookupError:
+            pass
+        process.wait()
+    current = _read_progress(progress, runs)
+    for i in pending:
+        path = outputs / f"{i}.out"
+        if runs[i].ran and path.exists():
+            runs[i].output = np.fromfile(path, dtype=np.float32)
+            path.unlink()
+    if current is None and process.returncode == 0:
+        return None
+    if current is None:
+        current = pending[0]
+    runs[current].crash = _crash(process.returncode, timed_out, log, runs[current])
+    return current
+
+
+def _read_progress(path: Path, runs: list[CaseRun]) -> int | None:
+    """Fills `runs`; returns the case that began and did not end."""
+    current = None
+    for line in path.read_text(errors="replace").splitlines():
+        word, _, rest = line.partition(" ")
+        if word == "begin":
+            current = int(rest)
+            runs[current] = replace(runs[current], ran=False)
+        elif word == "end" and current is not None:
+            runs[current].ran = True
+            current = None
+        elif current is not None and word == "work":
+            runs[current].work += int(rest)
+        elif current is not None and word == "finding":
+            kind, _, text = rest.partition(" ")
+            if kind == "buffer":
+                buffer, address, size = text.split()
+                runs[current].buffers[buffer] = (int(address, 16), int(size))
+            elif (kind, text) not in runs[current].findings and len(runs[current].findings) < 20:
+                runs[current].findings.append((kind, text))
+    return current
+
+
+_FRAME = re.compile(r"#\d+ 0x[0-9a-f]+ in (?P<function>.+?) (?P<file>[^ ]+\.cu):(?P<line>\d+)")
+_REGION = re.compile(
+    r"is located (?P<by>\d+) bytes (?P<side>to the right of|after|to the left of|before|inside of)"
+    r" (?P<size>\d+)-byte region \[0x(?P<start>[0-9a-f]+)"
+)
+_FATAL = (
+    "divergent-barrier warp-hang shuffle-mask grid-sync-without-cooperative-launch device-code-on-host out-of-memory"
+    " blocked launch-error"
+).split()
+
+
+def _crash(code: int, timed_out: bool, log: Path, run: CaseRun) -> Crash:
+    text = log.read_text(errors="replace")[:200_000]
+    fatal = [(kind, detail) for kind, detail in run.findings if kind in _FATAL]
+    if code in (77, 78) and fatal:
+        return Crash(*fatal[-1])
+    if timed_out or code == -signal.SIGALRM:
+        return Crash("timeout", f"the call did not end within {CASE_LIMIT_S} s")
+    if match := re.search(r"([^\s/]+\.cu):(\d+):\d+: runtime error: (.*misaligned address.*)", text):
+        what = re.sub(r" 0x[0-9a-f]+", "", match[3])
+        return Crash("misaligned", f"line {match[2]}: {what}")
+    if match := re.search(r"ERROR: AddressSanitizer:? ([\w-]+)", text):
+        return _asan_crash(match[1], text, run)
+    if "hard rss limit exhausted" in text:
+        return Crash("out-of-memory", f"the call needs more than {MEMORY_LIMIT_MB} MB")
+    if code < 0:
+        return Crash(f"signal-{signal.Signals(-code).name}", f"the program was ended by {signal.Signals(-code).name}")
+    return Crash("exit", f"the program ended itself with exit code {code} inside the call")
+
+
+def _asan_crash(kind: str, text: str, run: CaseRun) -> Crash:
+    frame = _FRAME.search(text)
+    where = f"line {frame['line']}: " if frame else ""
+    access = re.search(r"(READ|WRITE) of size (\d+)", text)
+    verb = {"READ": "reads", "WRITE": "writes"}[access[1]] if access else "accesses"
+    region = _REGION.search(text)
+    if kind == "use-after-poison" and "is located" in text and region and region["side"] == "inside of":
+        return Crash("asan-host-touches-device", f"{where}host code {verb} device memory through its pointer")
+    if region is None:
+        return Crash(f"asan-{kind}", f"{where}{verb} memory that is not there ({kind})")
+    start, size = int(region["start"], 16), int(region["size"])
+    names = [n for n, (address, _) in run.buffers.items() if address == start]
+    what = f"`{names[0]}`" if names else "shared memory" if "shared_memory" in text.split("allocated by")[-1] else "an allocation"
+    if "Launch" not in text and "launch" not in text and "fiber_main" not in text:
+        verb = "(host code) " + verb
+    side = "before the start" if region["side"] in ("to the left of", "before") else "past the end"
+    return Crash("asan-out-of-bounds", f"{where}{verb} {side} of {what} ({size} bytes long, {region['by']} bytes off)")
