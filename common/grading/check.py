@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.grading.lab import Case, Lab
-from common.grading.run import CaseRun, Schedule
+from common.grading.run import FILLS, FIRST, CaseRun, Schedule
 
-UNWRITTEN = np.uint32(0xFFFFFFFF)
 
 
 @dataclass
@@ -42,9 +41,16 @@ class Evaluation:
         """Which elements differ from the oracle by more than the tolerance."""
         return differs(output, self.expected, self.tolerance)
 
-    def unwritten(self, run: CaseRun) -> np.ndarray:
-        """Which elements still hold the NaN fill; only meaningful under that fill."""
-        return run.output.view(np.uint32) == UNWRITTEN
+    def unwritten(self) -> np.ndarray:
+        """Which elements hold what their memory was filled with, whatever that was: nobody wrote them."""
+        untouched = np.ones(self.expected.shape, dtype=bool)
+        looked = False
+        for schedule, run in self.runs.items():
+            if schedule.order == FIRST.order and run.output is not None and run.output.shape == self.expected.shape:
+                fill = np.uint32(FILLS[schedule.fill] * 0x01010101)
+                untouched &= run.output.view(np.uint32) == fill
+                looked = True
+        return untouched & looked
 
     def describe(self, run: CaseRun) -> str:
         """First differing element, got and expected."""
@@ -56,7 +62,7 @@ class Evaluation:
             return "not run after earlier crashes"
         bad = self.wrong(run.output)
         i = int(np.argmax(bad))
-        got = "never written" if self.unwritten(run)[i] else f"{run.output[i]:.7g}"
+        got = "never written" if self.unwritten()[i] else f"{run.output[i]:.7g}"
         return f"{int(bad.sum())} of {bad.size} elements differ; first [{i}]: got {got}, expected {self.expected[i]:.7g}"
 
 
@@ -101,6 +107,5 @@ def follows_fill(evaluation: Evaluation) -> bool:
     runs = [(s, r) for s, r in evaluation.runs.items() if s.order == "ascending" and r.output is not None]
     if len(runs) != 2:
         return False
-    untouched = evaluation.unwritten(runs[0][1])
     different = differs(runs[0][1].output, runs[1][1].output, 4 * evaluation.tolerance)
-    return bool((different & ~untouched).any())
+    return bool((different & ~evaluation.unwritten()).any())

@@ -3,9 +3,9 @@
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import UserError
@@ -81,7 +81,7 @@ def _grade_cuda(lab: Lab, source: Path, options: Options, work: Path) -> Report:
         except build.Blocked as error:
             return _stopped(report, lab, Outcome.BLOCKED, Lesson("blocked", f"the emulation lacks {error}"))
     report.machine = "GPU" if on_gpu else "CPU emulation of CUDA (no GPU here)"
-    judge(lab, evaluations, report)
+    judge(lab, evaluations, report, lambda e: _passes_alone(lab, e, built, work))
     if on_gpu and report.outcome is Outcome.CORRECT and not options.cases:
         from common.grading.gpu import measure_speed
 
@@ -107,18 +107,37 @@ def _run_all(lab: Lab, cases: Sequence[Case], built: build.Built, work: Path, po
     inputs = [inputs_of(lab, case) for case in cases]
     run.write_jobs(lab, cases, inputs, work)
     if "gpu" in built.programs:
-        runs = {run.FIRST: run.run_cases(built.programs["gpu"], cases, run.FIRST, work, gpu=True)}
+        first = run.run_cases(built.programs["gpu"], cases, run.FIRST, work, gpu=True)
+        runs = {run.FIRST: first}
     else:
-        jobs = {s: pool.submit(run.run_cases, built.programs[s.variant], cases, s, work) for s in run.SCHEDULES}
-        runs = {schedule: job.result() for schedule, job in jobs.items()}
+        first = run.run_cases(built.programs["checked"], cases, run.FIRST, work)
+        sound = {i for i, r in enumerate(first) if r.ran}  # a case that crashes in one order has told enough
+        jobs = {}
+        for s in run.SCHEDULES[1:]:
+            chosen = [i for i in sorted(sound) if not cases[i].heavy]
+            jobs[s] = pool.submit(run.run_cases, built.programs[s.variant], cases, s, work, chosen)
+        runs = {run.FIRST: first} | {schedule: job.result() for schedule, job in jobs.items()}
     evaluations = []
     for i, case in enumerate(cases):
-        own = {s: r[i] for s, r in runs.items() if s == run.FIRST or not case.heavy}
+        own = {s: r[i] for s, r in runs.items() if s == run.FIRST or (first[i].ran and not case.heavy)}
         evaluations.append(evaluate(lab, case, inputs[i], own))
     return evaluations
 
 
-def judge(lab: Lab, evaluations: list[Evaluation], report: Report) -> None:
+def _passes_alone(lab: Lab, evaluation: Evaluation, built: build.Built, work: Path) -> bool:
+    """Whether the case passes as the only call of a program."""
+    folder = work / "alone"
+    folder.mkdir(exist_ok=True)
+    case = replace(evaluation.case, calls=1)
+    run.write_jobs(lab, [case], [evaluation.inputs], folder)
+    program = built.programs.get("gpu") or built.programs["checked"]
+    (result,) = run.run_cases(program, [case], run.FIRST, folder, gpu="gpu" in built.programs)
+    return evaluation.passes(result)
+
+
+def judge(
+    lab: Lab, evaluations: list[Evaluation], report: Report, alone: Callable[[Evaluation], bool] = lambda e: False
+) -> None:
     """Sets outcome, lesson, cases and points of `report` from what the cases gave."""
     for e in evaluations:
         detail, order = "", ""
@@ -133,7 +152,7 @@ def judge(lab: Lab, evaluations: list[Evaluation], report: Report) -> None:
     elif _nothing_done(evaluations):
         report.outcome = Outcome.NOT_STARTED
         report.lesson = Lesson("not-started", f"`{lab.function}` does nothing yet: start with TODO 1 in {lab.source}")
-    elif found := explain(lab, evaluations):
+    elif found := explain(lab, evaluations, alone):
         report.outcome, report.lesson, smallest = found
         # The smallest failing case stands first among the failed ones.
         report.cases.sort(key=lambda c: (c.passed, c.name != smallest.case.name))
@@ -142,7 +161,7 @@ def judge(lab: Lab, evaluations: list[Evaluation], report: Report) -> None:
 def _nothing_done(evaluations: list[Evaluation]) -> bool:
     runs = [e.runs[run.FIRST] for e in evaluations if run.FIRST in e.runs]
     return bool(runs) and all(
-        r.ran and r.work == 0 and not r.findings and r.output is not None and e.unwritten(r).all()
+        r.ran and r.work == 0 and not r.findings and r.output is not None and e.unwritten().all()
         for e, r in zip(evaluations, runs)
     )
 

@@ -4,6 +4,8 @@ Nothing here looks at the source. The evidence is crashes and findings of the em
 orders of execution or fill patterns, and outputs that equal what a known wrong formula gives (`Lab.mistakes`).
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from common.grading.check import Evaluation, differs, follows_fill, races
@@ -50,8 +52,13 @@ def size_of(evaluation: Evaluation) -> int:
     return int(np.prod(list(evaluation.case.sizes.values()), dtype=np.int64))
 
 
-def explain(lab: Lab, evaluations: list[Evaluation]) -> tuple[Outcome, Lesson, Evaluation] | None:
-    """Outcome, lesson and the smallest failing case; None when every case passes."""
+def explain(
+    lab: Lab, evaluations: list[Evaluation], alone: Callable[[Evaluation], bool] = lambda e: False
+) -> tuple[Outcome, Lesson, Evaluation] | None:
+    """Outcome, lesson and the smallest failing case; None when every case passes.
+
+    `alone` runs a case as a program's only call and says whether it passes.
+    """
     failing = sorted((e for e in evaluations if not e.passed), key=lambda e: (e.case.calls, size_of(e)))
     if not failing:
         return None
@@ -73,8 +80,9 @@ def explain(lab: Lab, evaluations: list[Evaluation]) -> tuple[Outcome, Lesson, E
                 " an atomic is missing between one thread's write and another's read"
             )
             return Outcome.RACES, Lesson("race", text), evaluation
-    if state := _keeps_state(failing, passing):
-        return state
+    if alone(smallest):
+        text = "the first call is right and a later one is wrong: something is kept from call to call and not set again"
+        return Outcome.WRONG, Lesson("state-kept", text), smallest
     for evaluation in failing:
         if follows_fill(evaluation):
             text = "the result depends on memory that was never written: a sum, or an element, has no first value"
@@ -99,7 +107,8 @@ def _contrast(failing: Evaluation, passing: list[Evaluation]) -> str:
     best = None
     for other in passing:
         changed = [k for k, v in failing.case.sizes.items() if other.case.sizes.get(k) != v]
-        if len(changed) == 1 and other.case.values == failing.case.values and other.case.calls == failing.case.calls:
+        a, b = other.case, failing.case
+        if len(changed) == 1 and (a.values, a.epsilon, a.calls) == (b.values, b.epsilon, b.calls):
             key = changed[0]
             distance = abs(other.case.sizes[key] - failing.case.sizes[key])
             if best is None or distance < best[0]:
@@ -108,15 +117,6 @@ def _contrast(failing: Evaluation, passing: list[Evaluation]) -> str:
         return ""
     _, key, other = best
     return f": {key}={failing.case.sizes[key]} fails, {key}={other.case.sizes[key]} passes"
-
-
-def _keeps_state(failing: list[Evaluation], passing: list[Evaluation]) -> tuple[Outcome, Lesson, Evaluation] | None:
-    """Fails when called again, passes when called once with the same sizes."""
-    once = [e.case.sizes for e in passing if e.case.calls == 1]
-    if all(e.case.calls > 1 for e in failing) and failing[0].case.sizes in once:
-        text = "the first call is right and a later one is wrong: something is kept from call to call and not set again"
-        return Outcome.WRONG, Lesson("state-kept", text), failing[0]
-    return None
 
 
 def _predicted(mistake, evaluation: Evaluation) -> np.ndarray:
@@ -154,11 +154,11 @@ def _pattern(failing: list[Evaluation], passing: list[Evaluation]) -> Lesson:
     run = next((r for r in evaluation.runs.values() if r.output is not None), None)
     if run is None:
         return Lesson("wrong-values", "the output is wrong")
-    bad, unwritten = evaluation.wrong(run.output), evaluation.unwritten(run)
+    bad, unwritten = evaluation.wrong(run.output), evaluation.unwritten()
     for e in failing:
         r = e.runs.get(FIRST)
-        if r is not None and r.output is not None and e.unwritten(r).any():
-            bad, unwritten, evaluation, run = e.wrong(r.output), e.unwritten(r), e, r
+        if r is not None and r.output is not None and e.unwritten().any():
+            bad, unwritten, evaluation, run = e.wrong(r.output), e.unwritten(), e, r
             break
     if unwritten.any():
         start = int(np.argmax(unwritten))

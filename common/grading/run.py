@@ -17,7 +17,7 @@ import numpy as np
 from common.grading.lab import Case, Lab
 
 FILLS = {"nan": 0xFF, "large": 0x4B}  # bytes: 0xFFFFFFFF is a NaN, 0x4B4B4B4B is 13,323,083.0
-CASE_LIMIT_S = 10
+CASE_LIMIT_S, HEAVY_LIMIT_S = 6, 20
 MEMORY_LIMIT_MB = 3000
 MOST_CRASHES = 4  # then the remaining cases count as failed without being run
 
@@ -97,13 +97,15 @@ def _environment(schedule: Schedule, progress: Path) -> dict[str, str]:
     }
 
 
-def run_cases(program: Path, cases: Sequence[Case], schedule: Schedule, work: Path, *, gpu: bool = False) -> list[CaseRun]:
-    """All cases under one schedule. Inputs are those of `write_jobs`."""
+def run_cases(
+    program: Path, cases: Sequence[Case], schedule: Schedule, work: Path, chosen: Sequence[int] | None = None, *, gpu: bool = False
+) -> list[CaseRun]:
+    """The cases (or those with the numbers `chosen`) under one schedule. Inputs are those of `write_jobs`."""
     name = f"{schedule.order}-{schedule.fill}"
     outputs = work / name
     outputs.mkdir(exist_ok=True)
     runs = [CaseRun() for _ in cases]
-    pending = [i for i, case in enumerate(cases) if schedule == FIRST or not case.heavy]
+    pending = list(range(len(cases))) if chosen is None else list(chosen)
     crashes = 0
     while pending and crashes < MOST_CRASHES:
         last = _run_once(program, cases, pending, schedule, work, outputs, runs, gpu)
@@ -120,7 +122,8 @@ def _run_once(program, cases, pending, schedule, work, outputs, runs, gpu) -> in
     lines = []
     for i in pending:
         case, sizes = cases[i], list(cases[i].sizes.values())
-        lines.append(f"{i} {case.calls} {CASE_LIMIT_S} {case.epsilon!r} {len(sizes)} {' '.join(map(str, sizes))}\n")
+        limit = HEAVY_LIMIT_S if case.heavy else CASE_LIMIT_S
+        lines.append(f"{i} {case.calls} {limit} {case.epsilon!r} {len(sizes)} {' '.join(map(str, sizes))}\n")
     jobs.write_text("".join(lines))
     progress.write_text("")
     with log.open("wb") as stderr:
@@ -136,7 +139,7 @@ def _run_once(program, cases, pending, schedule, work, outputs, runs, gpu) -> in
         timed_out = False
         try:
             # The program's own alarm ends a case; this limit also holds when the learner's code turns the alarm off.
-            process.wait(timeout=2 * CASE_LIMIT_S + 3 * len(pending))
+            process.wait(timeout=2 * HEAVY_LIMIT_S + 3 * len(pending))
         except subprocess.TimeoutExpired:
             timed_out = True
         try:
@@ -154,7 +157,8 @@ def _run_once(program, cases, pending, schedule, work, outputs, runs, gpu) -> in
         return None
     if current is None:
         current = pending[0]
-    runs[current].crash = _crash(process.returncode, timed_out, log, runs[current])
+    limit = HEAVY_LIMIT_S if cases[current].heavy else CASE_LIMIT_S
+    runs[current].crash = _crash(process.returncode, timed_out, log, runs[current], limit)
     return current
 
 
@@ -192,13 +196,13 @@ _FATAL = (
 ).split()
 
 
-def _crash(code: int, timed_out: bool, log: Path, run: CaseRun) -> Crash:
+def _crash(code: int, timed_out: bool, log: Path, run: CaseRun, limit_s: int) -> Crash:
     text = log.read_text(errors="replace")[:200_000]
     fatal = [(kind, detail) for kind, detail in run.findings if kind in _FATAL]
     if code in (77, 78) and fatal:
         return Crash(*fatal[-1])
     if timed_out or code == -signal.SIGALRM:
-        return Crash("timeout", f"the call did not end within {CASE_LIMIT_S} s")
+        return Crash("timeout", f"the call did not end within {limit_s} s")
     if match := re.search(r"([^\s/]+\.cu):(\d+):\d+: runtime error: (.*misaligned address.*)", text):
         what = re.sub(r" 0x[0-9a-f]+", "", match[3])
         return Crash("misaligned", f"line {match[2]}: {what}")

@@ -8,7 +8,7 @@
 namespace emu {
 
 // A small GPU: small enough that a cooperative grid's stacks fit in memory, and that a grid which assumes a big GPU fails.
-constexpr unsigned kMultiprocessors = 4, kThreadsPerMultiprocessor = 2048, kBlocksPerMultiprocessor = 32;
+constexpr unsigned kMultiprocessors = 4, kThreadsPerMultiprocessor = 1024, kBlocksPerMultiprocessor = 16;
 constexpr size_t kSharedPerBlock = 48 * 1024, kSharedPerBlockOptIn = 227 * 1024, kSharedPerMultiprocessor = 228 * 1024;
 
 void *allocate_filled(size_t bytes, size_t alignment);

@@ -337,31 +337,45 @@ static void put_in_order(std::vector<unsigned> &items) {
         for (unsigned i = n; i > 1; --i) std::swap(items[i - 1], items[random_below(i)]);
 }
 
-// Runs these blocks side by side until all their threads have ended.
+// Lets every thread of these that can run do so, once, then opens the barriers that are complete.
+static bool run_round(const std::vector<Block *> &blocks, std::vector<unsigned> &turn) {
+    unsigned per_block = static_cast<unsigned>(blocks[0]->threads.size());
+    bool progress = false;
+    if (order() >= Order::shuffled) put_in_order(turn);
+    for (unsigned i : turn) {
+        Thread &t = blocks[i / per_block]->threads[i % per_block];
+        if (t.state > State::ready) continue;
+        resume(t);
+        progress = true;
+    }
+    for (Block *block : blocks) {
+        for (unsigned first = 0; first < per_block; first += kWarp) progress |= open_warp(*block, first);
+        progress |= open_block_barrier(*block);
+    }
+    return progress;
+}
+
+// Runs these blocks until all their threads have ended. Each block goes as far as it can before the next one starts, so
+// that what one block must not rely on another to have done shows; in the `interleaved` order they advance together.
 static void run_together(std::vector<Block> &blocks) {
     unsigned per_block = static_cast<unsigned>(blocks[0].threads.size());
-    std::vector<unsigned> turn(per_block * blocks.size());
+    std::vector<std::vector<Block *>> groups;
+    for (Block &block : blocks) {
+        if (groups.empty() || order() != Order::interleaved) groups.emplace_back();
+        groups.back().push_back(&block);
+    }
+    std::vector<unsigned> turn(per_block * groups[0].size());
     for (unsigned i = 0; i < turn.size(); ++i) turn[i] = i;
     put_in_order(turn);
     for (;;) {
-        bool ran = false, all_done = true;
-        for (unsigned i : turn) {
-            Thread &t = blocks[i / per_block].threads[i % per_block];
-            if (t.state <= State::ready) {
-                resume(t);
-                ran = true;
-            }
-            all_done = all_done && t.state == State::done;
-        }
+        bool progress = false;
+        for (auto &group : groups)
+            while (run_round(group, turn)) progress = true;
+        bool all_done = true;
+        for (Block &block : blocks)
+            for (Thread &t : block.threads) all_done = all_done && t.state == State::done;
         if (all_done) return;
-        bool opened = false;
-        for (Block &block : blocks) {
-            for (unsigned first = 0; first < per_block; first += kWarp) opened |= open_warp(block, first);
-            opened |= open_block_barrier(block);
-        }
-        opened |= open_grid_barrier(blocks);
-        if (!ran && !opened) report_hang(blocks);
-        if (order() >= Order::shuffled) put_in_order(turn);
+        if (!open_grid_barrier(blocks) && !progress) report_hang(blocks);
     }
 }
 

@@ -72,9 +72,12 @@ void launch_one_pass(float *input, float *weight, float *output, int rows, int v
                                                  reinterpret_cast<float4 *>(output), vectors, epsilon);
 }
 
+static bool aligned(const void *pointer) { return reinterpret_cast<size_t>(pointer) % sizeof(float4) == 0; }
+
 void rms_norm_matrix(float *input, float *weight, float *output, int rows, int cols, float epsilon) {
     int vectors = cols / 4;
-    if (cols % 4 != 0 || vectors > 1024 * 8) {
+    bool whole_vectors = cols % 4 == 0 && aligned(input) && aligned(weight) && aligned(output);
+    if (!whole_vectors || vectors > 1024 * 8) {
         int threads = cols >= 1024 ? 512 : 128;
         two_pass_kernel<<<rows, threads>>>(input, weight, output, cols, epsilon);
     } else if (vectors <= 256) {
