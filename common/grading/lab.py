@@ -102,8 +102,8 @@ class Lab:
         if unknown or set(table.get("correctness", {})) != groups:
             raise UserError(f"{path}: needs [correctness] with exactly {', '.join(sorted(groups))}, and [speed]")
         speed = table.get("speed", {})
-        if set(speed) != {"points", "full_share", "slow_share"}:
-            raise UserError(f"{path}: [speed] needs exactly points, full_share and slow_share")
+        if set(speed) not in ({"points", "full_share", "slow_share"}, {"points", "full_us", "slow_us"}):
+            raise UserError(f"{path}: [speed] needs points and either full_share, slow_share or full_us, slow_us")
         return table["correctness"], speed
 
     def solutions(self) -> list[Path]:
