@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.grading.lab import Case, Lab
-from common.grading.run import FILLS, FIRST, CaseRun, Schedule
+from common.grading.lab import OUTPUT_FILL, Case, Lab
+from common.grading.run import FIRST, CaseRun, Schedule
 
 
 
@@ -47,8 +47,7 @@ class Evaluation:
         looked = False
         for schedule, run in self.runs.items():
             if schedule.order == FIRST.order and run.output is not None and run.output.shape == self.expected.shape:
-                fill = np.uint32(FILLS[schedule.fill] * 0x01010101)
-                untouched &= run.output.view(np.uint32) == fill
+                untouched &= run.output.view(np.uint32) == OUTPUT_FILL[schedule.fill]
                 looked = True
         return untouched & looked
 

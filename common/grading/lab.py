@@ -19,6 +19,12 @@ except ModuleNotFoundError:  # Python 3.10
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# What an output's words hold before the call, by fill pattern (harness.h): one is a NaN. Other memory holds other words, so
+# an element that was never written differs from one that was computed from unwritten memory.
+OUTPUT_FILL = {"nan": np.uint32(0xFFFFDEAD), "large": np.uint32(0x4B4BDEAD)}
+# In a prediction: this element is never written. (No float32 has this value.)
+UNWRITTEN = -1.25e300
+
 # A lab's folder -> the module that defines it.
 LABS = {
     "rms_norm/matrix": "rms_norm_matrix",
@@ -63,7 +69,7 @@ Inputs = Sequence[np.ndarray]
 
 @dataclass(frozen=True)
 class Mistake:
-    """A wrong formula: `predict(case, inputs)` is the output it gives, NaN where it leaves the output unwritten."""
+    """A wrong formula: `predict(case, inputs)` is the output it gives, UNWRITTEN where it writes nothing."""
 
     lesson: str
     text: str

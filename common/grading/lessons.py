@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from common.grading.check import Evaluation, differs, follows_fill, races
-from common.grading.lab import Lab
+from common.grading.lab import UNWRITTEN, Lab
 from common.grading.outcome import Lesson, Outcome
 from common.grading.run import FIRST, CaseRun
 
@@ -83,11 +83,13 @@ def explain(
     if alone(smallest):
         text = "the first call is right and a later one is wrong: something is kept from call to call and not set again"
         return Outcome.WRONG, Lesson("state-kept", text), smallest
+    if lesson := _wrong_formula(lab, failing, passing):
+        return Outcome.WRONG, lesson, smallest
     for evaluation in failing:
         if follows_fill(evaluation):
             text = "the result depends on memory that was never written: a sum, or an element, has no first value"
             return Outcome.WRONG, Lesson("uninitialised", text), evaluation
-    return Outcome.WRONG, _wrong_values(lab, failing, passing), smallest
+    return Outcome.WRONG, _pattern(failing, passing), smallest
 
 
 def _finding(run: CaseRun) -> tuple[str, str] | None:
@@ -131,8 +133,10 @@ def _explains(mistake, failing: list[Evaluation], passing: list[Evaluation]) -> 
         if output is None or output.shape != evaluation.expected.shape:
             return False
         predicted = _predicted(mistake, evaluation)
-        slack = np.maximum(evaluation.tolerance, 1e-4 * np.abs(predicted))
-        if differs(output, predicted, slack).any():
+        got = np.where(evaluation.unwritten(), UNWRITTEN, output.astype(np.float64))
+        with np.errstate(all="ignore"):
+            slack = np.where(np.isfinite(predicted), np.fmax(evaluation.tolerance, 1e-4 * np.abs(predicted)), 0.0)
+        if differs(got, predicted, slack).any():
             return False
     for evaluation in passing[:MOST_COMPARED]:
         if differs(_predicted(mistake, evaluation), evaluation.expected, 3 * evaluation.tolerance).any():
@@ -140,12 +144,12 @@ def _explains(mistake, failing: list[Evaluation], passing: list[Evaluation]) -> 
     return True
 
 
-def _wrong_values(lab: Lab, failing: list[Evaluation], passing: list[Evaluation]) -> Lesson:
+def _wrong_formula(lab: Lab, failing: list[Evaluation], passing: list[Evaluation]) -> Lesson | None:
     ordinary = [e for e in failing if e.case.calls == 1] or failing
     for mistake in lab.mistakes:
         if _explains(mistake, ordinary, passing):
             return Lesson(mistake.lesson, mistake.text + _contrast(failing[0], passing))
-    return _pattern(failing, passing)
+    return None
 
 
 def _pattern(failing: list[Evaluation], passing: list[Evaluation]) -> Lesson:

@@ -13,7 +13,7 @@ std::vector<float> run_case(const harness::Job &job, harness::Inputs &inputs) {
     emu::name_buffer("h_A", h_A, count * sizeof(float));
 #endif
     harness::call(
-        job,
+        job, d_A,
         [&](bool last) {
             std::vector<float> values = last ? a : harness::disturbed(a);
             memcpy(h_A, values.data(), count * sizeof(float));

@@ -63,6 +63,14 @@ class DeviceBuffer {
     DeviceBuffer(const DeviceBuffer &) = delete;
     ~DeviceBuffer() { cudaFree(base_); }
     float *get() const { return reinterpret_cast<float *>(base_ + kGuard); }
+    // Before the call an output holds words that nothing else does: NaNs, or (the grader's second pattern) large values.
+    void fill_as_output() const {
+        const char *pattern = getenv("EMU_FILL");
+        unsigned word = pattern && atoi(pattern) == 0x4B ? 0x4B4BDEADu : 0xFFFFDEADu;
+        std::vector<float> words(bytes_ / sizeof(float));
+        for (float &w : words) memcpy(&w, &word, sizeof word);
+        put(words);
+    }
     void put(const std::vector<float> &from) const {
         need(cudaMemcpy(get(), from.data(), bytes_, cudaMemcpyHostToDevice), "cudaMemcpy in the harness");
     }
@@ -114,9 +122,10 @@ inline std::vector<float> disturbed(const std::vector<float> &values) {
 
 // Calls the function `job.calls` times; `load(last)` sets the buffers up before each. Memory that grows from call to call
 // is a leak: a function may keep a scratch buffer from its first call on.
-template <class Load, class Call> void call(const Job &job, Load load, Call function) {
+template <class Load, class Call> void call(const Job &job, const DeviceBuffer &output, Load load, Call function) {
     for (int i = 0; i < job.calls; ++i) {
         load(i + 1 == job.calls);
+        output.fill_as_output();
 #ifdef TLAB_EMULATION
         emu::Counts before = emu::counts();
 #endif

@@ -8,7 +8,7 @@ std::vector<float> run_case(const harness::Job &job, harness::Inputs &inputs) {
     std::vector<float> x = inputs.next(count), w = inputs.next(cols);
     harness::DeviceBuffer input("input", count), weight("weight", cols), output("output", count);
     harness::call(
-        job,
+        job, output,
         [&](bool last) {
             input.put(last ? x : harness::disturbed(x));
             weight.put(last ? w : harness::disturbed(w));

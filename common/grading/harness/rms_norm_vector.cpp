@@ -7,7 +7,7 @@ std::vector<float> run_case(const harness::Job &job, harness::Inputs &inputs) {
     std::vector<float> x = inputs.next(cols), w = inputs.next(cols);
     harness::DeviceBuffer input("input", cols), weight("weight", cols), output("output", cols);
     harness::call(
-        job,
+        job, output,
         [&](bool last) {
             input.put(last ? x : harness::disturbed(x));
             weight.put(last ? w : harness::disturbed(w));

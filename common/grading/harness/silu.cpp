@@ -7,7 +7,7 @@ std::vector<float> run_case(const harness::Job &job, harness::Inputs &inputs) {
     std::vector<float> x = inputs.next(n);
     harness::DeviceBuffer input("input", n), output("output", n);
     harness::call(
-        job, [&](bool last) { input.put(last ? x : harness::disturbed(x)); }, [&] { silu(input.get(), output.get(), n); });
+        job, output, [&](bool last) { input.put(last ? x : harness::disturbed(x)); }, [&] { silu(input.get(), output.get(), n); });
     input.check_unchanged(x);
     for (auto *buffer : {&input, &output}) buffer->check_guards();
     return output.take();

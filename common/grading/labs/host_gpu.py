@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from common.grading.lab import Case, Lab, Mistake
+from common.grading.lab import OUTPUT_FILL, UNWRITTEN, Case, Lab, Mistake
 from common.grading.labs.values import draw
 
 
@@ -50,13 +50,13 @@ def matrix(case: Case, inputs) -> np.ndarray:
 
 
 def _picked(index: Callable[[np.ndarray, int, int], np.ndarray]) -> Callable:
-    """Element r of the output is element `index(r, rows, cols)` of the flat matrix; out of range: unwritten."""
+    """Element r of the output is element `index(r, rows, cols)` of the flat matrix; out of range: nothing is written."""
 
     def predict(case: Case, inputs) -> np.ndarray:
         rows, cols = case.sizes["rows"], case.sizes["cols"]
         at = index(np.arange(rows, dtype=np.int64), rows, cols)
         inside = (at >= 0) & (at < rows * cols)
-        return np.where(inside, inputs[0].astype(np.float64)[np.where(inside, at, 0)], np.nan)
+        return np.where(inside, inputs[0].astype(np.float64)[np.where(inside, at, 0)], UNWRITTEN)
 
     return predict
 
@@ -70,16 +70,17 @@ def _whole_blocks(block: int) -> Callable:
 
 
 def _bytes(to_pitch: int, from_pitch: Callable[[int], int], width: int) -> Callable:
-    """cudaMemcpy2D with these numbers taken as bytes, on memory filled with 0xFF."""
+    """cudaMemcpy2D with these numbers taken as bytes, on an output that holds the harness's NaNs."""
 
     def predict(case: Case, inputs) -> np.ndarray:
         rows, cols = case.sizes["rows"], case.sizes["cols"]
         source = np.frombuffer(inputs[0].tobytes(), dtype=np.uint8)
-        target = np.full(4 * rows, 0xFF, dtype=np.uint8)
+        target = np.full(rows, OUTPUT_FILL["nan"], dtype=np.uint32).view(np.uint8)
         for r in range(rows):
             piece = source[r * from_pitch(cols) :][:width]
             target[r * to_pitch : r * to_pitch + len(piece)] = piece[: max(0, target.size - r * to_pitch)]
-        return target.view(np.float32).astype(np.float64)
+        untouched = target.view(np.uint32) == OUTPUT_FILL["nan"]
+        return np.where(untouched, UNWRITTEN, target.view(np.float32).astype(np.float64))
 
     return predict
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from common.grading.lab import Case, Mistake
+from common.grading.lab import UNWRITTEN, Case, Mistake
 from common.grading.labs.values import EPS32, draw
 
 BLOCKS = (1024, 512, 256, 128, 64, 32)  # block sizes that a learner may have chosen
@@ -71,7 +71,7 @@ def _writing_only(covered: Callable[[int], int]) -> Callable:
 
     def predict(case: Case, inputs) -> np.ndarray:
         result = expected(case, inputs)
-        result[:, covered(result.shape[1]) :] = np.nan
+        result[:, covered(result.shape[1]) :] = UNWRITTEN
         return result
 
     return predict

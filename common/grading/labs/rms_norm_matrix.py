@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from common.grading.lab import Case, Lab, Mistake
+from common.grading.lab import UNWRITTEN, Case, Lab, Mistake
 from common.grading.labs import rms_norm
 
 
@@ -66,7 +66,7 @@ def _whole_matrix(case: Case, inputs) -> np.ndarray:
 def _first_rows(count: int):
     def predict(case: Case, inputs) -> np.ndarray:
         result = rms_norm.expected(case, inputs)
-        result[count:] = np.nan
+        result[count:] = UNWRITTEN
         return result
 
     return predict

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from common.grading.lab import Case, Mistake
+from common.grading.lab import UNWRITTEN, Case, Mistake
 from common.grading.labs.values import EPS32
 
 
@@ -68,7 +68,7 @@ def formulas() -> tuple[Mistake, ...]:
 def _writing_only(count: Callable[[int], int]) -> Callable:
     def predict(case: Case, inputs) -> np.ndarray:
         result = silu(inputs[0])
-        result[count(result.size) :] = np.nan
+        result[count(result.size) :] = UNWRITTEN
         return result
 
     return predict

@@ -1,0 +1,17 @@
+// A mistake on purpose: one block with a thread a row.
+#include "copy_first_column.h"
+
+#include <cuda_runtime.h>
+
+__global__ void first_column_kernel(const float *A, float *column, int rows, int cols) {
+    int row = blockIdx.x * blockDim.x + threadIdx.x;
+    if (row < rows) {
+        column[row] = A[row * cols];
+    }
+}
+
+void copy_first_column(float *h_A, float *d_A, int rows, int cols) {
+    float *mapped = nullptr;
+    cudaHostGetDevicePointer(&mapped, h_A, 0);
+    first_column_kernel<<<1, rows>>>(mapped, d_A, rows, cols);
+}
