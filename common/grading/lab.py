@@ -54,11 +54,15 @@ class Case:
     quick: bool = False
     heavy: bool = False
     gpu_only: bool = False
+    dtype: str = "float32"  # Triton labs: the input's dtype and memory layout
+    layout: str = "contiguous"
 
     @property
     def name(self) -> str:
         parts = [f"{key}={value}" for key, value in self.sizes.items()]
         parts += [self.values] if self.values != "normal" else []
+        parts += [self.dtype] if self.dtype != "float32" else []
+        parts += [self.layout] if self.layout != "contiguous" else []
         parts += [f"epsilon={self.epsilon:g}"] if self.epsilon != 1e-6 else []
         parts += [f"calls={self.calls}"] if self.calls != 1 else []
         return ",".join(parts)
