@@ -16,7 +16,7 @@ from common.grading.lab import Case, Lab, inputs_of
 from common.grading.lessons import explain
 from common.grading.outcome import CaseResult, Lesson, Outcome, Report
 
-CORRECTNESS_POINTS, SPEED_POINTS = 80, 20
+CORRECTNESS_POINTS = 80
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ def _grade_cuda(lab: Lab, source: Path, options: Options, work: Path) -> Report:
                 check.result()
                 report.notes.append("nvcc compiles it for sm_80 and sm_90")
         except build.CompileFailed as error:
-            return _stopped(report, lab, Outcome.DOES_NOT_COMPILE, Lesson("does-not-compile", str(error)))
+            return stopped(report, lab, Outcome.DOES_NOT_COMPILE, Lesson("does-not-compile", str(error)))
         except build.Blocked as error:
-            return _stopped(report, lab, Outcome.BLOCKED, Lesson("blocked", f"the emulation lacks {error}"))
+            return stopped(report, lab, Outcome.BLOCKED, Lesson("blocked", f"the emulation lacks {error}"))
     report.machine = "GPU" if on_gpu else "CPU emulation of CUDA (no GPU here)"
     judge(lab, evaluations, report, lambda e: _passes_alone(lab, e, built, work))
     if on_gpu and report.outcome is Outcome.CORRECT and not options.cases:
@@ -91,9 +91,9 @@ def _grade_cuda(lab: Lab, source: Path, options: Options, work: Path) -> Report:
     return report
 
 
-def gpu_present() -> bool:
+def gpu_present(need_nvcc: bool = True) -> bool:
     """A GPU and nvcc; the driver's own tool tells, so that nothing heavy is imported."""
-    if build.nvcc() is None or shutil.which("nvidia-smi") is None:
+    if (need_nvcc and build.nvcc() is None) or shutil.which("nvidia-smi") is None:
         return False
     done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
     return done.returncode == 0 and "GPU" in done.stdout
@@ -107,15 +107,15 @@ def _run_all(lab: Lab, cases: Sequence[Case], built: build.Built, work: Path, po
     inputs = [inputs_of(lab, case) for case in cases]
     run.write_jobs(lab, cases, inputs, work)
     if "gpu" in built.programs:
-        first = run.run_cases(built.programs["gpu"], cases, run.FIRST, work, gpu=True)
+        first = run.run_cases([built.programs["gpu"]], cases, run.FIRST, work, gpu=True)
         runs = {run.FIRST: first}
     else:
-        first = run.run_cases(built.programs["checked"], cases, run.FIRST, work)
+        first = run.run_cases([built.programs["checked"]], cases, run.FIRST, work)
         sound = {i for i, r in enumerate(first) if r.ran}  # a case that crashes in one order has told enough
         jobs = {}
         for s in run.SCHEDULES[1:]:
             chosen = [i for i in sorted(sound) if not cases[i].heavy]
-            jobs[s] = pool.submit(run.run_cases, built.programs[s.variant], cases, s, work, chosen)
+            jobs[s] = pool.submit(run.run_cases, [built.programs[s.variant]], cases, s, work, chosen)
         runs = {run.FIRST: first} | {schedule: job.result() for schedule, job in jobs.items()}
     evaluations = []
     for i, case in enumerate(cases):
@@ -131,7 +131,7 @@ def _passes_alone(lab: Lab, evaluation: Evaluation, built: build.Built, work: Pa
     case = replace(evaluation.case, calls=1)
     run.write_jobs(lab, [case], [evaluation.inputs], folder)
     program = built.programs.get("gpu") or built.programs["checked"]
-    (result,) = run.run_cases(program, [case], run.FIRST, folder, gpu="gpu" in built.programs)
+    (result,) = run.run_cases([program], [case], run.FIRST, folder, gpu="gpu" in built.programs)
     return evaluation.passes(result)
 
 
@@ -177,7 +177,7 @@ def _points(lab: Lab, cases: list[CaseResult]) -> dict[str, tuple[float, float]]
     return points
 
 
-def _stopped(report: Report, lab: Lab, outcome: Outcome, lesson: Lesson) -> Report:
+def stopped(report: Report, lab: Lab, outcome: Outcome, lesson: Lesson) -> Report:
     correctness, _ = lab.points()
     report.outcome, report.lesson = outcome, lesson
     report.points = {group: (0.0, float(of)) for group, of in correctness.items()}

@@ -41,11 +41,15 @@ FINDINGS = {
     "out-of-memory": ("out-of-memory", "the call uses too much memory"),
     "input-changed": ("input-changed", "the inputs belong to the caller: the call must not change them"),
     "leak": ("leak", "memory allocated in the call is never freed"),
+    "exception": ("exception", "the call raises an exception"),
+    "wrong-result": ("wrong-result", "the result is not what the task asks for"),
+    "not-new": ("not-new", "the result must be a new tensor, and is the input (or shares its memory)"),
+    "out-of-bounds": ("out-of-bounds", "a program goes past a tensor: mask the offsets that do not exist"),
     "guard-bytes": ("out-of-bounds", "a thread goes past an array: check the index against its length"),
 }
 # What ends a call, rather than spoiling its result.
 _CRASHES = {"divergent-barrier", "warp-hang", "shuffle-mask", "grid-sync-launch", "device-code-on-host", "out-of-bounds"}
-_CRASHES |= {"host-touches-device", "misaligned", "endless", "out-of-memory", "crash"}
+_CRASHES |= {"host-touches-device", "misaligned", "endless", "out-of-memory", "crash", "exception"}
 
 
 def size_of(evaluation: Evaluation) -> int:

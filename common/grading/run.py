@@ -3,13 +3,14 @@
 A crash or an endless loop ends one case, not the grading: the program is started again from the next case.
 """
 
+import json
 import os
 import re
 import resource
 import signal
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,7 @@ def write_jobs(lab: Lab, cases: Sequence[Case], inputs: Sequence[Sequence[np.nda
     """Input files for all cases, once for all schedules."""
     folder = work / "inputs"
     folder.mkdir(exist_ok=True)
+    (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
     for number, arrays in enumerate(inputs):
         with (folder / f"{number}.in").open("wb") as file:
             for array in arrays:
@@ -85,9 +87,12 @@ def _limit_resources(checked: bool) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
+_KEPT = "PATH HOME LD_LIBRARY_PATH CUDA_VISIBLE_DEVICES TMPDIR TRITON_INTERPRET TRITON_CACHE_DIR".split()
+
+
 def _environment(schedule: Schedule, progress: Path) -> dict[str, str]:
     asan = f"detect_leaks=0:detect_stack_use_after_return=0:exitcode=99:hard_rss_limit_mb={MEMORY_LIMIT_MB}"
-    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "TMPDIR")}
+    kept = {k: v for k, v in os.environ.items() if k in _KEPT}
     return kept | {
         "TLAB_PROGRESS": str(progress),
         "EMU_ORDER": schedule.order,
@@ -98,7 +103,7 @@ def _environment(schedule: Schedule, progress: Path) -> dict[str, str]:
 
 
 def run_cases(
-    program: Path, cases: Sequence[Case], schedule: Schedule, work: Path, chosen: Sequence[int] | None = None, *, gpu: bool = False
+    command: Sequence[str | Path], cases: Sequence[Case], schedule: Schedule, work: Path, chosen: Sequence[int] | None = None, *, gpu: bool = False
 ) -> list[CaseRun]:
     """The cases (or those with the numbers `chosen`) under one schedule. Inputs are those of `write_jobs`."""
     name = f"{schedule.order}-{schedule.fill}"
@@ -108,7 +113,7 @@ def run_cases(
     pending = list(range(len(cases))) if chosen is None else list(chosen)
     crashes = 0
     while pending and crashes < MOST_CRASHES:
-        last = _run_once(program, cases, pending, schedule, work, outputs, runs, gpu)
+        last = _run_once(command, cases, pending, schedule, work, outputs, runs, gpu)
         if last is None:
             break
         crashes += 1
@@ -116,7 +121,7 @@ def run_cases(
     return runs
 
 
-def _run_once(program, cases, pending, schedule, work, outputs, runs, gpu) -> int | None:
+def _run_once(command, cases, pending, schedule, work, outputs, runs, gpu) -> int | None:
     """One start of the program. Returns the case that it died in, or None when it did all."""
     jobs, progress, log = outputs / "jobs", outputs / "progress", outputs / "log"
     lines = []
@@ -128,7 +133,7 @@ def _run_once(program, cases, pending, schedule, work, outputs, runs, gpu) -> in
     progress.write_text("")
     with log.open("wb") as stderr:
         process = subprocess.Popen(
-            [str(program), str(jobs), str(work / "inputs"), str(outputs)],
+            [*map(str, command), str(jobs), str(work / "inputs"), str(outputs)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=stderr,
