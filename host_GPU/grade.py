@@ -1,7 +1,7 @@
 """Grades copy_first_column.cu, with or without a GPU.
 
-    python host_GPU/grade.py
-    python host_GPU/grade.py --quick --hint
+python host_GPU/grade.py
+python host_GPU/grade.py --quick --hint
 """
 
 import sys

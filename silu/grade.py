@@ -1,7 +1,7 @@
 """Grades silu_triton_kernel.py; without a GPU, under Triton's interpreter.
 
-    python silu/grade.py
-    python silu/grade.py --quick --hint
+python silu/grade.py
+python silu/grade.py --quick --hint
 """
 
 import sys

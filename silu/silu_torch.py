@@ -1,6 +1,6 @@
 """The reference of the Triton lab: SiLU in plain torch. It accepts any shape, stride and floating dtype.
 
-    python silu/silu_torch.py
+python silu/silu_torch.py
 """
 
 import torch

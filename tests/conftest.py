@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 
+# One thread a process: the tests run in two processes on two cores, and threads that wait for each other spin. Scripts that
+# tests start inherit it. It counts only before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
@@ -11,11 +15,6 @@ if not torch.cuda.is_available():  # Triton reads it when a kernel is defined, s
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from common.checkpoint import load
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _two_threads():
-    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")

@@ -55,7 +55,9 @@ def nvcc() -> str | None:
 
 def _run(command: list[str], cwd: Path) -> subprocess.CompletedProcess:
     try:
-        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=COMPILE_LIMIT_S, errors="replace")
+        return subprocess.run(
+            command, cwd=cwd, capture_output=True, text=True, timeout=COMPILE_LIMIT_S, errors="replace"
+        )
     except subprocess.TimeoutExpired:
         raise CompileFailed(f"the compiler did not end within {COMPILE_LIMIT_S} s") from None
 
@@ -96,7 +98,9 @@ _UNKNOWN = re.compile(
     r"|has no member named ['‘](?P<b>\w+)['’]|(?P<c>[\w/.]+\.(?:h|cuh|hpp)): No such file"
     r"|use of undeclared identifier '(?P<d>[\w:]+)'|['\"](?P<e>[\w/.]+)['\"] file not found"
 )
-_CUDA_NAME = re.compile(r"^(cuda[A-Z_]|__[a-z]|cg$|cooperative_groups|atomic[A-Z]|make_|tex|surf|(u?(char|short|int|long|longlong)|float|double|half)\d)")
+_CUDA_NAME = re.compile(
+    r"^(cuda[A-Z_]|__[a-z]|cg$|cooperative_groups|atomic[A-Z]|make_|tex|surf|(u?(char|short|int|long|longlong)|float|double|half)\d)"
+)
 
 
 def _lacking_name(stderr: str) -> str | None:
@@ -106,7 +110,9 @@ def _lacking_name(stderr: str) -> str | None:
     if match is None or "did you mean" in first:
         return None
     name = next(group for group in match.groups() if group)
-    return name if match["c"] or match["e"] or _CUDA_NAME.match(name.split("::")[-1]) or _CUDA_NAME.match(name) else None
+    return (
+        name if match["c"] or match["e"] or _CUDA_NAME.match(name.split("::")[-1]) or _CUDA_NAME.match(name) else None
+    )
 
 
 def _learner_error(done: subprocess.CompletedProcess, source: Path) -> Exception:
@@ -116,8 +122,20 @@ def _learner_error(done: subprocess.CompletedProcess, source: Path) -> Exception
 
 
 def check_nvcc(source: Path, include: Path, work: Path) -> None:
-    """Compiles for sm_80 and sm_90 with nvcc: what g++ accepts need not be CUDA. CompileFailed with nvcc's first error."""
-    command = [str(nvcc()), "-std=c++17", "-w", "-c", f"-I{source.parent}", f"-I{include}", "-o", str(work / "nvcc.o"), str(source)]
+    """Compiles for sm_80 and sm_90 with nvcc: what g++ accepts need not be CUDA. CompileFailed with nvcc's first
+    error.
+    """
+    command = [
+        str(nvcc()),
+        "-std=c++17",
+        "-w",
+        "-c",
+        f"-I{source.parent}",
+        f"-I{include}",
+        "-o",
+        str(work / "nvcc.o"),
+        str(source),
+    ]
     for arch in ("80", "90"):
         command.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
     done = _run(command, work)
@@ -169,19 +187,34 @@ def _link_error(lab: Lab, stderr: str, source: Path) -> Exception:
     if re.search(rf"undefined (reference|symbols?).*{lab.function}|{lab.function}.*undefined", stderr, re.S):
         return CompileFailed(f"{source.name}: no function with the signature `{lab.signature}`")
     if "multiple definition" in stderr or "duplicate symbol" in stderr:
-        return CompileFailed(f"{source.name}: defines something the harness defines too (a main()?): {stderr.splitlines()[0][-160:]}")
+        return CompileFailed(
+            f"{source.name}: defines something the harness defines too (a main()?): {stderr.splitlines()[0][-160:]}"
+        )
     return CompileFailed(_first_error(stderr, source.name))
 
 
 def build_gpu(lab: Lab, source: Path, work: Path) -> Built:
     """The harness and the learner's file built by nvcc for the GPU in this machine, and a shared library for timing."""
-    base = [str(nvcc()), "-std=c++17", "-O3", "-w", "-lineinfo", "-arch=native", "-I", str(source.parent), "-I", str(lab.folder)]
+    base = [
+        str(nvcc()),
+        "-std=c++17",
+        "-O3",
+        "-w",
+        "-lineinfo",
+        "-arch=native",
+        "-I",
+        str(source.parent),
+        "-I",
+        str(lab.folder),
+    ]
     library = work / "learner.so"
     done = _run([*base, "-shared", "-Xcompiler", "-fPIC", "-o", str(library), str(source)], work)
     if done.returncode:
         raise CompileFailed(_first_error(done.stderr, source.name))
     program = work / "gpu"
-    done = _run([*base, "-I", str(HARNESS), "-x", "cu", "-o", str(program), str(source), str(HARNESS / lab.harness)], work)
+    done = _run(
+        [*base, "-I", str(HARNESS), "-x", "cu", "-o", str(program), str(source), str(HARNESS / lab.harness)], work
+    )
     if done.returncode:
         raise _link_error(lab, done.stderr, source)
     return Built({"gpu": program, "library": library})

@@ -8,7 +8,6 @@ from common.grading.lab import OUTPUT_FILL, Case, Lab
 from common.grading.run import FIRST, CaseRun, Schedule
 
 
-
 @dataclass
 class Evaluation:
     """One case under all schedules."""
@@ -62,7 +61,9 @@ class Evaluation:
         bad = self.wrong(run.output)
         i = int(np.argmax(bad))
         got = "never written" if self.unwritten()[i] else f"{run.output[i]:.7g}"
-        return f"{int(bad.sum())} of {bad.size} elements differ; first [{i}]: got {got}, expected {self.expected[i]:.7g}"
+        return (
+            f"{int(bad.sum())} of {bad.size} elements differ; first [{i}]: got {got}, expected {self.expected[i]:.7g}"
+        )
 
 
 def differs(a: np.ndarray, b: np.ndarray, tolerance: np.ndarray) -> np.ndarray:

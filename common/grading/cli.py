@@ -15,7 +15,9 @@ def parser(lab_name: str) -> argparse.ArgumentParser:
     )
     p.add_argument("--submission", type=Path, metavar="DIR", help="grade the file in DIR (a student's folder or clone)")
     p.add_argument("--solution", type=int, metavar="N", help="grade step N of solutions/")
-    p.add_argument("--case", action="append", default=[], metavar="NAME", help="only cases whose name contains NAME; repeatable")
+    p.add_argument(
+        "--case", action="append", default=[], metavar="NAME", help="only cases whose name contains NAME; repeatable"
+    )
     p.add_argument("--list", action="store_true", help="list the cases and stop")
     p.add_argument("--quick", action="store_true", help="a few cases only, without nvcc")
     p.add_argument("--hint", action="store_true", help="also say what to look at")

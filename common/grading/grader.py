@@ -36,7 +36,9 @@ def choose_cases(lab: Lab, options: Options, *, on_gpu: bool = False) -> list[Ca
         return chosen
     for pattern in options.cases:
         if not any(pattern in case.name for case in lab.cases):
-            raise UserError(f"--case {pattern}: no case of {lab.name} is called so; try {lab.cases[0].name} (--list shows all)")
+            raise UserError(
+                f"--case {pattern}: no case of {lab.name} is called so; try {lab.cases[0].name} (--list shows all)"
+            )
     runnable = [case for case in lab.cases if on_gpu or not case.gpu_only]
     exact = [case for case in runnable if case.name in options.cases]
     found = exact or [case for case in runnable if any(pattern in case.name for pattern in options.cases)]
@@ -103,7 +105,9 @@ def _wants_nvcc(options: Options, on_gpu: bool) -> bool:
     return options.nvcc and not options.quick and not on_gpu and build.nvcc() is not None
 
 
-def _run_all(lab: Lab, cases: Sequence[Case], built: build.Built, work: Path, pool: ThreadPoolExecutor) -> list[Evaluation]:
+def _run_all(
+    lab: Lab, cases: Sequence[Case], built: build.Built, work: Path, pool: ThreadPoolExecutor
+) -> list[Evaluation]:
     inputs = [inputs_of(lab, case) for case in cases]
     run.write_jobs(lab, cases, inputs, work)
     if "gpu" in built.programs:

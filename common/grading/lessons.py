@@ -17,8 +17,14 @@ MOST_COMPARED = 8  # failing cases that a wrong formula is compared with
 
 # kind of crash or finding -> (lesson, what it means)
 FINDINGS = {
-    "divergent-barrier": ("divergent-barrier", "not every thread of the block reaches the same barrier, so the others wait for ever"),
-    "warp-hang": ("warp-hang", "a warp operation waits for lanes that never come: its mask names threads that went another way"),
+    "divergent-barrier": (
+        "divergent-barrier",
+        "not every thread of the block reaches the same barrier, so the others wait for ever",
+    ),
+    "warp-hang": (
+        "warp-hang",
+        "a warp operation waits for lanes that never come: its mask names threads that went another way",
+    ),
     "shuffle-mask": ("shuffle-mask", "the mask of a warp operation leaves out the thread that calls it"),
     "grid-sync-without-cooperative-launch": (
         "grid-sync-launch",
@@ -32,10 +38,16 @@ FINDINGS = {
     "launch-shared-memory": ("launch-shared-memory", "the launch is refused: more shared memory than a block may have"),
     "launch-error": ("launch-error", "a CUDA call failed and nobody looked at its error"),
     "copy-direction": ("copy-direction", "a copy's direction does not fit its pointers"),
-    "copy-out-of-bounds": ("copy-out-of-bounds", "a copy runs over the end of an allocation: sizes and pitches are in bytes"),
+    "copy-out-of-bounds": (
+        "copy-out-of-bounds",
+        "a copy runs over the end of an allocation: sizes and pitches are in bytes",
+    ),
     "device-code-on-host": ("device-code-on-host", "device code is called on the host"),
     "asan-out-of-bounds": ("out-of-bounds", "a thread goes past an array: check the index against its length"),
-    "asan-host-touches-device": ("host-touches-device", "the host cannot follow a device pointer: copy, or use a kernel"),
+    "asan-host-touches-device": (
+        "host-touches-device",
+        "the host cannot follow a device pointer: copy, or use a kernel",
+    ),
     "misaligned": ("misaligned", "a vector load or store needs an address that is a multiple of its size"),
     "timeout": ("endless", "the call never ends"),
     "out-of-memory": ("out-of-memory", "the call uses too much memory"),
@@ -48,7 +60,14 @@ FINDINGS = {
     "guard-bytes": ("out-of-bounds", "a thread goes past an array: check the index against its length"),
 }
 # What ends a call, rather than spoiling its result.
-_CRASHES = {"divergent-barrier", "warp-hang", "shuffle-mask", "grid-sync-launch", "device-code-on-host", "out-of-bounds"}
+_CRASHES = {
+    "divergent-barrier",
+    "warp-hang",
+    "shuffle-mask",
+    "grid-sync-launch",
+    "device-code-on-host",
+    "out-of-bounds",
+}
 _CRASHES |= {"host-touches-device", "misaligned", "endless", "out-of-memory", "crash", "exception"}
 
 
@@ -99,7 +118,11 @@ def explain(
 def _finding(run: CaseRun) -> tuple[str, str] | None:
     items = [(run.crash.kind, run.crash.text)] if run.crash else []
     # The cause comes before the error that it led to.
-    items = [f for f in run.findings if f[0] != "launch-error"] + items + [f for f in run.findings if f[0] == "launch-error"]
+    items = (
+        [f for f in run.findings if f[0] != "launch-error"]
+        + items
+        + [f for f in run.findings if f[0] == "launch-error"]
+    )
     for kind, detail in items:
         if kind == "harness-error":
             continue
@@ -171,7 +194,9 @@ def _pattern(failing: list[Evaluation], passing: list[Evaluation]) -> Lesson:
     if unwritten.any():
         start = int(np.argmax(unwritten))
         everything_after = bool(unwritten[start:].all())
-        which = f"from element {start} on" if everything_after else f"{int(unwritten.sum())} of {unwritten.size} elements"
+        which = (
+            f"from element {start} on" if everything_after else f"{int(unwritten.sum())} of {unwritten.size} elements"
+        )
         text = f"part of the output is never written ({which}): the grid, or the loop, covers too few elements"
         return Lesson("unwritten", text + _contrast(evaluation, passing))
     special = [e for e in failing if e.case.values not in ("normal", "equal")]
@@ -180,4 +205,3 @@ def _pattern(failing: list[Evaluation], passing: list[Evaluation]) -> Lesson:
         return Lesson("special-values", f"ordinary values are right, these are not: {', '.join(kinds)}")
     text = "the output is wrong" + (" everywhere" if bad.all() else f" from element {int(np.argmax(bad))} on")
     return Lesson("wrong-values", text + _contrast(evaluation, passing))
-

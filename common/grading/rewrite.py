@@ -12,12 +12,27 @@ from pathlib import Path
 # What the emulation does not have. A file that uses one of these is `blocked`, not wrong: the name is reported.
 _LACKING = [
     (re.compile(r"\basm\s*(?:volatile\s*)?\("), "inline PTX (asm)"),
-    (re.compile(r"#\s*include\s*<(cub/[^>]*|thrust/[^>]*|cuda/[^>]*|mma\.h|cuda_fp16\.h|cuda_bf16\.h|cuda_pipeline[^>]*)>"), None),
+    (
+        re.compile(
+            r"#\s*include\s*<(cub/[^>]*|thrust/[^>]*|cuda/[^>]*|mma\.h|cuda_fp16\.h|cuda_bf16\.h|cuda_pipeline[^>]*)>"
+        ),
+        None,
+    ),
     (re.compile(r"\b(?:nv)?cuda::[A-Za-z_]+"), None),
     (re.compile(r"\b(?:cub|thrust)::[A-Za-z_]+"), None),
-    (re.compile(r"\b(?:cudaGraph|cudaStreamBeginCapture|cudaLaunchKernelEx|cudaMallocManaged|cudaMallocPitch|cudaMemcpy3D)\w*"), None),
+    (
+        re.compile(
+            r"\b(?:cudaGraph|cudaStreamBeginCapture|cudaLaunchKernelEx|cudaMallocManaged|cudaMallocPitch|cudaMemcpy3D)\w*"
+        ),
+        None,
+    ),
     (re.compile(r"\b__(?:pipeline|reduce|match)_\w+"), None),
-    (re.compile(r"\b(?:coalesced_threads|labeled_partition|binary_partition|memcpy_async|this_cluster|__cluster_dims__)\b"), None),
+    (
+        re.compile(
+            r"\b(?:coalesced_threads|labeled_partition|binary_partition|memcpy_async|this_cluster|__cluster_dims__)\b"
+        ),
+        None,
+    ),
 ]
 
 
@@ -97,7 +112,9 @@ def _rewrite_launches(source: str, code: str) -> str:
         name = _kernel_name_start(code, start)
         arguments = source[opening + 1 : closing]
         out.append(source[position:name])
-        out.append(f"emu::Launch({source[start + 3 : end]}).call([=](auto... emu_a) {{ {source[name:start]}(emu_a...); }}")
+        out.append(
+            f"emu::Launch({source[start + 3 : end]}).call([=](auto... emu_a) {{ {source[name:start]}(emu_a...); }}"
+        )
         out.append(source[end + 3 : opening])
         out.append((", " if code[opening + 1 : closing].strip() else "") + arguments + ")")
         position = closing + 1
@@ -122,7 +139,9 @@ _DECLARATOR = re.compile(r"\s*(?P<stars>[*\s]*)(?P<name>[A-Za-z_]\w*)\s*(?P<dims
 def _shared_declaration(match: re.Match, in_function: bool) -> str:
     body = re.sub(r"__align__\s*\([^)]*\)|alignas\s*\([^)]*\)", "", match.group(2))
     first, *others = _split_declarators(body)
-    head = re.match(r"(?P<type>.*[\w>*\s])(?P<name>\b[A-Za-z_]\w*)\s*(?P<dims>(?:\[[^\]]*\]\s*)*)$", first.strip(), re.S)
+    head = re.match(
+        r"(?P<type>.*[\w>*\s])(?P<name>\b[A-Za-z_]\w*)\s*(?P<dims>(?:\[[^\]]*\]\s*)*)$", first.strip(), re.S
+    )
     if head is None or (not in_function and not match.group(1)):
         return match.group()  # the compiler will point at it: `__shared__` is no C++ name
     kind, lines = head["type"].strip(), "\n" * match.group().count("\n")
@@ -134,9 +153,15 @@ def _shared_declaration(match: re.Match, in_function: bool) -> str:
         name, dims = part["name"], part["dims"].strip()
         one = (kind + " " + part["stars"].strip()).replace("\n", " ").strip()
         if match.group(1):
-            out.append(f"{one} *{name} = emu::dynamic_shared<{one}>();" if in_function else f"static emu::DynamicShared<{one}> {name};")
+            out.append(
+                f"{one} *{name} = emu::dynamic_shared<{one}>();"
+                if in_function
+                else f"static emu::DynamicShared<{one}> {name};"
+            )
         else:
-            out.append(f"static char emu_site_{name}; auto &{name} = emu::block_shared<{one} {dims}>(&emu_site_{name});")
+            out.append(
+                f"static char emu_site_{name}; auto &{name} = emu::block_shared<{one} {dims}>(&emu_site_{name});"
+            )
     return " ".join(out) + lines
 
 

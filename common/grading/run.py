@@ -103,7 +103,13 @@ def _environment(schedule: Schedule, progress: Path) -> dict[str, str]:
 
 
 def run_cases(
-    command: Sequence[str | Path], cases: Sequence[Case], schedule: Schedule, work: Path, chosen: Sequence[int] | None = None, *, gpu: bool = False
+    command: Sequence[str | Path],
+    cases: Sequence[Case],
+    schedule: Schedule,
+    work: Path,
+    chosen: Sequence[int] | None = None,
+    *,
+    gpu: bool = False,
 ) -> list[CaseRun]:
     """The cases (or those with the numbers `chosen`) under one schedule. Inputs are those of `write_jobs`."""
     name = f"{schedule.order}-{schedule.fill}"
@@ -232,7 +238,13 @@ def _asan_crash(kind: str, text: str, run: CaseRun) -> Crash:
         return Crash(f"asan-{kind}", f"{where}{verb} memory that is not there ({kind})")
     start, size = int(region["start"], 16), int(region["size"])
     names = [n for n, (address, _) in run.buffers.items() if address == start]
-    what = f"`{names[0]}`" if names else "shared memory" if "shared_memory" in text.split("allocated by")[-1] else "an allocation"
+    what = (
+        f"`{names[0]}`"
+        if names
+        else "shared memory"
+        if "shared_memory" in text.split("allocated by")[-1]
+        else "an allocation"
+    )
     if "Launch" not in text and "launch" not in text and "fiber_main" not in text:
         verb = "(host code) " + verb
     side = "before the start" if region["side"] in ("to the left of", "before") else "past the end"

@@ -10,7 +10,12 @@ from rich.text import Text
 
 from common.grading.outcome import Outcome, Report
 
-_COLOURS = {Outcome.CORRECT: "green", Outcome.CORRECT_BUT_SLOW: "yellow", Outcome.NOT_STARTED: "cyan", Outcome.BLOCKED: "magenta"}
+_COLOURS = {
+    Outcome.CORRECT: "green",
+    Outcome.CORRECT_BUT_SLOW: "yellow",
+    Outcome.NOT_STARTED: "cyan",
+    Outcome.BLOCKED: "magenta",
+}
 MOST_FAILED_CASES = 5
 
 
@@ -18,7 +23,9 @@ def show(report: Report, *, hint: bool = False, console: Console | None = None) 
     """Prints the scorecard."""
     console = console or Console(highlight=False)
     colour = _COLOURS.get(report.outcome, "red")
-    title = Text.assemble((f"{report.lab}  ", "bold"), (report.file, "dim"), "  ", (report.outcome.value, f"bold {colour}"))
+    title = Text.assemble(
+        (f"{report.lab}  ", "bold"), (report.file, "dim"), "  ", (report.outcome.value, f"bold {colour}")
+    )
     console.print(Panel(title, expand=False, border_style=colour))
     if report.lesson:
         console.print(Text(report.lesson.text, style="bold" if report.outcome is not Outcome.NOT_STARTED else ""))
@@ -79,7 +86,15 @@ def gradescope(report: Report) -> dict:
     for group, (_, of) in report.points.items():
         own = [case for case in report.cases if case.group == group]
         if not own:
-            tests.append({"name": group, "score": round(report.points[group][0], 4), "max_score": of, "output": "", "visibility": "visible"})
+            tests.append(
+                {
+                    "name": group,
+                    "score": round(report.points[group][0], 4),
+                    "max_score": of,
+                    "output": "",
+                    "visibility": "visible",
+                }
+            )
         for case in own:
             worth = of / len(own)
             passed = case.passed and report.outcome is not Outcome.BLOCKED

@@ -33,7 +33,9 @@ def grade_triton(lab: Lab, source: Path, options) -> Report:
         work = Path(folder)
         run.write_jobs(lab, cases, inputs, work)
         runs = {s: run.run_cases(command, cases, s, work, gpu=True) for s in SCHEDULES}
-        evaluations = [evaluate(lab, case, inputs[i], {s: r[i] for s, r in runs.items()}) for i, case in enumerate(cases)]
+        evaluations = [
+            evaluate(lab, case, inputs[i], {s: r[i] for s, r in runs.items()}) for i, case in enumerate(cases)
+        ]
         first = runs[run.FIRST]
         for kind, outcome, lesson in (
             ("import-error", Outcome.DOES_NOT_COMPILE, "does-not-compile"),
@@ -41,7 +43,11 @@ def grade_triton(lab: Lab, source: Path, options) -> Report:
         ):
             found = [text for r in first for k, text in r.findings if k == kind]
             if found and (kind == "import-error" or len(found) == len(cases)):
-                text = found[0] if kind == "import-error" else f"`{lab.function}` is still to be written: start with TODO 1"
+                text = (
+                    found[0]
+                    if kind == "import-error"
+                    else f"`{lab.function}` is still to be written: start with TODO 1"
+                )
                 return grader.stopped(report, lab, outcome, Lesson(lesson, text))
         report.machine = "GPU" if on_gpu else "Triton's interpreter on the CPU (no GPU here)"
         grader.judge(lab, evaluations, report)

@@ -1,7 +1,7 @@
 """Grades rms_norm_matrix.cu, with or without a GPU.
 
-    python rms_norm/matrix/grade.py
-    python rms_norm/matrix/grade.py --quick --hint
+python rms_norm/matrix/grade.py
+python rms_norm/matrix/grade.py --quick --hint
 """
 
 import sys

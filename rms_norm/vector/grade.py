@@ -1,7 +1,7 @@
 """Grades rms_norm_vector.cu, with or without a GPU.
 
-    python rms_norm/vector/grade.py
-    python rms_norm/vector/grade.py --quick --hint
+python rms_norm/vector/grade.py
+python rms_norm/vector/grade.py --quick --hint
 """
 
 import sys

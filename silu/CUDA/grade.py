@@ -1,7 +1,7 @@
 """Grades silu.cu, with or without a GPU.
 
-    python silu/CUDA/grade.py
-    python silu/CUDA/grade.py --quick --hint
+python silu/CUDA/grade.py
+python silu/CUDA/grade.py --quick --hint
 """
 
 import sys

@@ -101,9 +101,17 @@ LAB = Lab(
         Mistake("first-row", "that is the first row: column elements lie cols apart", _picked(lambda r, rows, cols: r)),
         Mistake("last-column", "that is the last column", _picked(lambda r, rows, cols: r * cols + cols - 1)),
         Mistake("second-column", "that is the second column", _picked(lambda r, rows, cols: r * cols + 1)),
-        Mistake("diagonal", "the step is cols + 1: that is the diagonal", _picked(lambda r, rows, cols: r * (cols + 1))),
-        Mistake("stride-of-rows", "the step between elements is cols, not rows", _picked(lambda r, rows, cols: r * rows)),
-        Mistake("stride-short", "the step is cols - 1: the pitch is a whole row", _picked(lambda r, rows, cols: r * (cols - 1))),
+        Mistake(
+            "diagonal", "the step is cols + 1: that is the diagonal", _picked(lambda r, rows, cols: r * (cols + 1))
+        ),
+        Mistake(
+            "stride-of-rows", "the step between elements is cols, not rows", _picked(lambda r, rows, cols: r * rows)
+        ),
+        Mistake(
+            "stride-short",
+            "the step is cols - 1: the pitch is a whole row",
+            _picked(lambda r, rows, cols: r * (cols - 1)),
+        ),
         Mistake("reversed", "the rows arrive in reverse", _picked(lambda r, rows, cols: (rows - 1 - r) * cols)),
         Mistake("bytes-not-elements", _PITCH, _bytes(4, lambda cols: cols, 4)),
         Mistake("bytes-not-elements", _PITCH, _bytes(1, lambda cols: cols, 1)),

@@ -80,7 +80,11 @@ def _writing_only(covered: Callable[[int], int]) -> Callable:
 def formulas() -> tuple[Mistake, ...]:
     """Mistakes in the formula itself."""
     return (
-        Mistake("eps-ignored", "epsilon is never added: rows of small values come out wrong", _formula(lambda x, w, e: x / np.sqrt(_mean(x)) * w)),
+        Mistake(
+            "eps-ignored",
+            "epsilon is never added: rows of small values come out wrong",
+            _formula(lambda x, w, e: x / np.sqrt(_mean(x)) * w),
+        ),
         Mistake(
             "eps-outside-sqrt",
             "epsilon is added outside the square root: x / (sqrt(mean) + epsilon)",
@@ -96,10 +100,24 @@ def formulas() -> tuple[Mistake, ...]:
             "the sum of squares is not divided by cols",
             _formula(lambda x, w, e: x / np.sqrt((x * x).sum(axis=1, keepdims=True) + e) * w),
         ),
-        Mistake("weight-missing", "the weight is not applied", _formula(lambda x, w, e: x / np.sqrt(_mean(x) + e) + 0 * w)),
-        Mistake("weight-added", "the weight is added instead of multiplied", _formula(lambda x, w, e: x / np.sqrt(_mean(x) + e) + w)),
-        Mistake("sqrt-missing", "x is divided by the mean square, without its square root", _formula(lambda x, w, e: x / (_mean(x) + e) * w)),
-        Mistake("scale-inverted", "x is multiplied by the RMS instead of divided", _formula(lambda x, w, e: x * np.sqrt(_mean(x) + e) * w)),
+        Mistake(
+            "weight-missing", "the weight is not applied", _formula(lambda x, w, e: x / np.sqrt(_mean(x) + e) + 0 * w)
+        ),
+        Mistake(
+            "weight-added",
+            "the weight is added instead of multiplied",
+            _formula(lambda x, w, e: x / np.sqrt(_mean(x) + e) + w),
+        ),
+        Mistake(
+            "sqrt-missing",
+            "x is divided by the mean square, without its square root",
+            _formula(lambda x, w, e: x / (_mean(x) + e) * w),
+        ),
+        Mistake(
+            "scale-inverted",
+            "x is multiplied by the RMS instead of divided",
+            _formula(lambda x, w, e: x * np.sqrt(_mean(x) + e) * w),
+        ),
         Mistake("mean-subtracted", "that is LayerNorm: RMSNorm does not subtract the mean", _formula(_variance_form)),
         Mistake(
             "squares-missing",
@@ -115,11 +133,17 @@ def reductions() -> tuple[Mistake, ...]:
     for block in (*BLOCKS, 4):
         text = f"the reduction drops the tail when cols is not a multiple of {block}"
         found.append(
-            Mistake("tail-dropped", text, by_sum_of_squares(lambda c, x, b=block: (x[:, : x.shape[1] // b * b] ** 2).sum(axis=1)))
+            Mistake(
+                "tail-dropped",
+                text,
+                by_sum_of_squares(lambda c, x, b=block: (x[:, : x.shape[1] // b * b] ** 2).sum(axis=1)),
+            )
         )
     for block in BLOCKS:
         text = f"the reduction covers the first {block} columns only: a thread takes one element and does not loop"
-        found.append(Mistake("one-element-a-thread", text, by_sum_of_squares(lambda c, x, b=block: (x[:, :b] ** 2).sum(axis=1))))
+        found.append(
+            Mistake("one-element-a-thread", text, by_sum_of_squares(lambda c, x, b=block: (x[:, :b] ** 2).sum(axis=1)))
+        )
 
         def first_warp(c, x, b=block):
             return (x[:, np.arange(x.shape[1]) % b < 32] ** 2).sum(axis=1)

@@ -88,7 +88,9 @@ LAB = Lab(
         Mistake("weight-by-row", "the weight is indexed by the row: it has one element a column", _weight_by_row),
         Mistake("whole-matrix", "the mean is taken over the whole matrix, not over each row", _whole_matrix),
         *(
-            Mistake("rows-missing", f"only the first {n} rows are written: the grid covers too few rows", _first_rows(n))
+            Mistake(
+                "rows-missing", f"only the first {n} rows are written: the grid covers too few rows", _first_rows(n)
+            )
             for n in (1, 2, 32, 64, 128, 256, 512, 1024, 65535)
         ),
         *rms_norm.reductions(),

@@ -49,7 +49,11 @@ def formulas() -> tuple[Mistake, ...]:
     erf = np.vectorize(math.erf, otypes=[float])
     return (
         Mistake("sigmoid-only", "that is sigmoid(x): SiLU is x times it", _of(_sigmoid)),
-        Mistake("wrong-sign", "the exponent has the wrong sign: sigmoid(x) = 1 / (1 + exp(-x))", _of(lambda x: x / (1 + np.exp(x)))),
+        Mistake(
+            "wrong-sign",
+            "the exponent has the wrong sign: sigmoid(x) = 1 / (1 + exp(-x))",
+            _of(lambda x: x / (1 + np.exp(x))),
+        ),
         Mistake("overflow", "exp(x) overflows for large x and inf / inf is NaN: use exp(-x)", _overflowing),
         Mistake("one-missing", "the 1 in 1 + exp(-x) is missing", _of(lambda x: x / np.exp(-x))),
         Mistake("squared", "x is multiplied in twice", _of(lambda x: x * x * _sigmoid(x))),
@@ -60,7 +64,9 @@ def formulas() -> tuple[Mistake, ...]:
             "that is GELU (its tanh form)",
             _of(lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))),
         ),
-        Mistake("quick-gelu", "1.702 is GELU's approximation: SiLU has no factor", _of(lambda x: x * _sigmoid(1.702 * x))),
+        Mistake(
+            "quick-gelu", "1.702 is GELU's approximation: SiLU has no factor", _of(lambda x: x * _sigmoid(1.702 * x))
+        ),
         Mistake("tanh", "tanh(x) is not sigmoid(x)", _of(lambda x: x * np.tanh(x))),
     )
 

@@ -114,7 +114,11 @@ LAB = Lab(
     tolerance=tolerance,
     mistakes=(
         *silu_formulas.formulas(),
-        Mistake("strides-ignored", "memory is read in order, as if the input were contiguous: its strides say otherwise", _first_memory),
+        Mistake(
+            "strides-ignored",
+            "memory is read in order, as if the input were contiguous: its strides say otherwise",
+            _first_memory,
+        ),
         Mistake("half-precision", "exp is computed in float16, which overflows: load, then .to(tl.float32)", _half_exp),
         *silu_formulas.coverage(),
     ),
