@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # oneDNN chooses the block layout for this many rows; measured, 32 serves 1 row and 512 rows alike.
 PACK_ROWS = 32
 # Up to how many rows small_gemm beats cuBLAS with its neighbours unfused: measured on an H200 (docs/performance.md).
-MOST_ROWS = {"norm_linear": 32, "linear_add": 128, "norm_gate_up_silu": 128, "linear_float32": 64}
+MOST_ROWS = {"norm_linear": 32, "linear_add": 64, "norm_gate_up_silu": 64, "linear_float32": 64}
 
 
 def _can_prepack(weight: torch.Tensor) -> bool:

@@ -86,9 +86,9 @@ def _matvec_kernel(
 
 
 def _tile(num_outputs: int, row_bytes: int, device: torch.device) -> tuple[int, int]:
-    """(BLOCK_N, num_warps): 32 KB of W a program, at least two rows while they fit, at most 128 bytes a thread; fewer
-    rows where that would leave multiprocessors idle."""
-    block_n = max(2 if row_bytes <= 65536 else 1, min(16, 32768 // row_bytes))
+    """(BLOCK_N, num_warps): two rows of W a program, or 16 KB of short ones, 128 bytes a thread; fewer rows where that
+    would leave multiprocessors idle."""
+    block_n = max(2 if row_bytes <= 65536 else 1, min(16, 16384 // row_bytes))
     while block_n > 1 and num_outputs // block_n < 4 * num_sms(device):
         block_n //= 2
     return block_n, max(1, min(16, block_n * row_bytes // 4096))

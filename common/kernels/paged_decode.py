@@ -205,10 +205,14 @@ def _merge_kernel(
 
 
 def _plan(batch, num_kv_heads, max_len, row_bytes, device):
-    """(splits, BLOCK_KV, num_warps, stages), measured on an H200 (docs/performance.md) for rows of 256 bytes; wider
-    rows take fewer at a time, and devices with less shared memory a small choice."""
+    """(splits, BLOCK_KV, num_warps, stages), measured on an H200 (docs/performance.md) for rows of 256 bytes.
+
+    Parts beyond a short context cost nothing (their programs end at once), so a small batch always gets as many as a
+    long one needs. Wider rows take fewer tokens at a time, and devices with less shared memory a small choice.
+    """
     programs = batch * num_kv_heads
-    splits, block_kv, num_warps, stages = round(4 * num_sms(device) / programs), 32 if max_len <= 8192 else 64, 2, 4
+    splits, num_warps, stages = round(4 * num_sms(device) / programs), 2, 4
+    block_kv = 64 if max_len > 8192 else 16 if programs <= 16 else 32
     if capability(device) < (8, 0):
         stages = 2
     elif capability(device) >= (9, 0):
@@ -218,9 +222,9 @@ def _plan(batch, num_kv_heads, max_len, row_bytes, device):
         elif 512 <= programs < 1024:
             splits, block_kv, num_warps, stages = 1, 64, 4, 3
         elif programs >= 1024:
-            num_warps = 1
+            splits, block_kv, num_warps = 1, 32, 1
     block_kv = max(16, min(block_kv, block_kv * 256 // next_power_of_2(row_bytes)))
-    return max(1, min(splits, 64, -(-max_len // block_kv))), block_kv, num_warps, stages
+    return max(1, min(splits, 64)), block_kv, num_warps, stages
 
 
 def _launch(q, new, pages, page_table, kv_lens, tables, scale, early, plan):
