@@ -8,7 +8,7 @@ from checking_engine import CheckingEngine, tokens_alone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from assignment4.Section1 import chunked_scheduler, continous_scheduler
+from assignment4.Section1 import chunked_engine, chunked_scheduler, continous_scheduler
 from common import request_sets
 from common.errors import UserError
 from common.pages import pages_for
@@ -77,9 +77,11 @@ def check_end(loop, engine, requests):
     page_size=st.integers(1, 9),
     num_pages=st.integers(1, 30),
     clock=st.sampled_from([0.0, 0.1, 1.7, 1234.567]),
+    is_asynchronous=st.booleans(),
 )
-def test_any_schedule(policy, specs, size, page_size, num_pages, clock):
+def test_any_schedule(policy, specs, size, page_size, num_pages, clock, is_asynchronous):
     engine = CheckingEngine(num_pages, page_size, **limits(policy, size))
+    engine.is_asynchronous = is_asynchronous
     engine.wait_until(clock)  # an engine that has run before
     requests = make(specs)
 
@@ -236,6 +238,51 @@ def test_chunked_packs_decodes_first_and_cuts_prompts_at_the_budget():
     loop.run()
     steps = [[(c.request.request_id, c.start, c.length) for c in chunks] for chunks in engine.launched_chunks]
     assert steps == [[(0, 0, 4), (1, 0, 2)], [(0, 4, 1), (1, 2, 5)], [(0, 5, 1), (1, 7, 2), (2, 0, 1)], [(1, 9, 1)]]
+
+
+@pytest.mark.parametrize(
+    "computed, budget, free_pages, length",
+    [
+        (0, 100, 9, 11),  # the rest of the prompt
+        (0, 6, 9, 6),  # the budget
+        (0, 100, 2, 8),  # two pages of four
+        (6, 100, 0, 2),  # the rest of the last page
+        (6, 100, 1, 5),  # of which and a new one the prompt needs five
+        (8, 100, 0, None),
+        (3, 0, 9, None),
+    ],
+)
+def test_a_piece_is_as_long_as_prompt_budget_and_pages_allow(computed, budget, free_pages, length):
+    r = Request(InputRequest(prompt_token_ids=[1] * 11, output_len=3))
+    r.launched(computed)
+    piece = chunked_engine.next_piece(r, budget, free_pages, page_size=4)
+    assert piece == (None if length is None else (r, computed, length))
+
+
+@pytest.mark.parametrize("policy", ["continuous", "naive", "naive drop"])
+def test_whole_prompts_of_a_step_stay_within_its_memory(policy, monkeypatch):
+    """Prompts of 5, 5, 12, 3 tokens and a limit of 10: together, alone though too long, and what is left."""
+    monkeypatch.setattr(continous_scheduler, "MAX_PROMPT_TOKENS", 10)
+    engine = CheckingEngine(50, 4)
+    loop = scheduler(policy, engine, 4)
+    for prompt in (5, 5, 12, 3):
+        loop.add_req(InputRequest(prompt_token_ids=[1] * prompt, output_len=2))
+    loop.run()
+    prompts = [[c.length for c in step if not c.is_decode] for step in engine.launched_chunks]
+    assert [p for p in prompts if p] == [[5, 5], [12], [3]]
+
+
+def test_an_engine_that_computes_while_it_launches_is_read_at_once():
+    """Nothing can overlap there, so a stop is known before another token is computed."""
+    prompt = [5, 6]
+    engine = CheckingEngine(50, 4)
+    engine.is_asynchronous = False
+    loop = scheduler("continuous", engine, 2)
+    first = tokens_alone(prompt, 1)[0]
+    given_eos = InputRequest(prompt_token_ids=prompt, output_len=9, ignore_eos=False)
+    loop.add_req(Request(given_eos, 0, eos_token_ids={first}))
+    loop.run()
+    assert len(engine.launched_chunks) == 1
 
 
 def test_a_token_computed_past_a_stop_is_dropped():
