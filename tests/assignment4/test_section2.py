@@ -103,8 +103,8 @@ def test_ranks_print_one_answer(tmp_path):
     [
         (["--world", "5"], "5 processes cannot share 4 query heads; start at most 4"),
         (["--model", "nowhere"], "--model nowhere: no such folder"),
-        (["--allreduce", "symm"], "--allreduce symm: needs GPUs"),
-        (["--output-lengths", "8"], "--output-lengths: takes two lengths"),
+        pytest.param(["--allreduce", "symm"], "--allreduce symm: needs GPUs", marks=pytest.mark.slow),
+        pytest.param(["--output-lengths", "8"], "--output-lengths: takes two lengths", marks=pytest.mark.slow),
         (["--world", "0"], "argument --world"),
     ],
 )

@@ -158,6 +158,7 @@ def test_a_port_in_use(tmp_path, free_port):
     assert f"port {free_port} on 127.0.0.1 is in use; choose another" in lines[-1], lines
 
 
+@pytest.mark.slow
 def test_sizes_that_do_not_agree(tmp_path, free_port):
     runs = [
         Run([PROGRAM, "run"], tmp_path, by_hand(rank, size, free_port), f"rank{rank}")
@@ -169,6 +170,7 @@ def test_sizes_that_do_not_agree(tmp_path, free_port):
         assert re.search("started as one of [23] processes and rank [01] as one of [23]", lines[-1]), lines
 
 
+@pytest.mark.slow
 def test_a_rank_given_twice(tmp_path, free_port):
     runs = [Run([PROGRAM, "run"], tmp_path, by_hand(rank, 3, free_port), f"{i}") for i, rank in enumerate((0, 1, 1))]
     texts = []

@@ -56,7 +56,10 @@ def check(results: str, world_size: int) -> None:
         assert max(found["bytes_read"]) < found["whole_bytes"]
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4, 5])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=SLOW), 4, pytest.param(5, marks=SLOW)])
 def test_same_logits_and_tokens_as_one_process(world_size, tmp_path):
     folders = []
     for number, (heads, kv_heads) in enumerate(HEADS[world_size]):
@@ -73,7 +76,7 @@ def test_same_logits_and_tokens_as_one_process(world_size, tmp_path):
     check(done.stdout, world_size)
 
 
-@pytest.mark.parametrize("sabotage", ["no sum", "padded head"])
+@pytest.mark.parametrize("sabotage", ["no sum", pytest.param("padded head", marks=SLOW)])
 def test_the_comparison_sees_known_bugs(sabotage, tmp_path):
     """The same comparison with a sum left out, or the head's padding left in, must fail."""
     config = dataclasses.replace(TINY, num_attention_heads=4, num_key_value_heads=2)
