@@ -46,11 +46,19 @@ def find_source(lab, args: argparse.Namespace) -> Path:
     raise UserError(f"--submission {args.submission}: holds neither {lab.source} nor {lab.name}/{lab.source}")
 
 
+def stub_of(lab) -> Path:
+    """The pristine stub: a handout has it under common/grading/stubs (handout.py), a clone under tests/grading/stubs."""
+    from common.grading.lab import ROOT
+
+    for folder in ("common/grading/stubs", "tests/grading/stubs"):
+        if (path := ROOT / folder / lab.name / lab.source).is_file():
+            return path
+    raise UserError(f"the pristine {lab.source} is missing from common/grading/stubs and tests/grading/stubs")
+
+
 def reset(lab) -> None:
     """Puts the stub back; the learner's file becomes FILE.bak (FILE.bak2 ... if that is taken)."""
-    target, stub = lab.folder / lab.source, lab.folder / ".stub" / lab.source
-    if not stub.is_file():
-        raise UserError(f"{stub}: the pristine stub is missing; get it back with git checkout")
+    target, stub = lab.folder / lab.source, stub_of(lab)
     if target.exists():
         backup = target.with_name(target.name + ".bak")
         number = 2

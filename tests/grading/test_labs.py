@@ -1,0 +1,172 @@
+"""Every stub is `not started`, every solution correct, every wrong file teaches its own lesson; names and texts agree."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.grading.build import Blocked, build_emulated
+from common.grading.grader import Options, grade
+from common.grading.lab import LABS, get
+from common.grading.outcome import Outcome
+
+HERE = Path(__file__).parent
+_spec = importlib.util.spec_from_file_location("labs_conftest", HERE / "conftest.py")
+conf = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(conf)
+
+needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
+CUDA_LABS = [name for name in LABS if name != "silu"]
+OFFLINE = {"use_gpu": False, "nvcc": False}
+
+
+def lab_params() -> list:
+    return [pytest.param(name, marks=needs_triton if name == "silu" else needs_compiler) for name in LABS]
+
+
+def solution_params() -> list:
+    found = []
+    for name in LABS:
+        steps = get(name).solutions()
+        for step in steps:
+            marks = [needs_triton, pytest.mark.slow] if name == "silu" and step != steps[-1] else []
+            found.append(pytest.param(name, step, id=f"{name}/{step.stem}", marks=marks or needs_compiler))
+    return found
+
+
+@pytest.mark.parametrize("lab_name", lab_params())
+def test_stub_is_not_started(lab_name):
+    report = grade(get(lab_name), conf.stub_path(lab_name), Options(quick=True, **OFFLINE))
+    assert report.outcome is Outcome.NOT_STARTED and report.outcome.exit_code == 3
+    assert report.earned == 0
+
+
+@pytest.mark.parametrize("lab_name, step", solution_params())
+def test_solution_is_correct(lab_name, step):
+    report = grade(get(lab_name), step, Options(quick=lab_name == "silu", **OFFLINE))
+    assert report.outcome is Outcome.CORRECT, report.lesson
+    assert report.earned == report.possible == 80
+
+
+@pytest.mark.parametrize("lab_name, name, want", conf.all_wrong())
+def test_wrong_file_teaches_its_lesson(lab_name, name, want):
+    source = HERE / "wrong" / lab_name / (name + Path(get(lab_name).source).suffix)
+    options = Options(cases=tuple(want["cases"]), quick=True, **OFFLINE)
+    report = grade(get(lab_name), conf.anonymous_copy(source), options)
+    assert (report.outcome.value, report.lesson.id) == (want["outcome"], want["lesson"]), report.lesson
+    assert report.outcome.exit_code == 1
+    assert not report.cases[0].passed and report.cases[0].detail
+
+
+@pytest.mark.parametrize("lab_name", list(LABS))
+def test_enough_wrong_files_and_none_without_a_lesson(lab_name):
+    folder, wanted = HERE / "wrong" / lab_name, conf.wrong_files(lab_name)
+    suffix = Path(get(lab_name).source).suffix
+    assert {p.stem for p in folder.glob(f"*{suffix}")} == set(wanted)
+    assert len(wanted) >= (5 if lab_name == "silu" else 10)
+
+
+@pytest.mark.parametrize("lab_name", list(LABS))
+def test_points_are_eighty_and_twenty(lab_name):
+    correctness, speed = get(lab_name).points()
+    assert sum(correctness.values()) == 80 and speed["points"] == 20
+    assert len({case.name for case in get(lab_name).cases}) == len(get(lab_name).cases)
+
+
+@pytest.mark.parametrize("lab_name", CUDA_LABS)
+def test_signatures_agree(lab_name):
+    lab = get(lab_name)
+    spaceless = lambda text: re.sub(r"\s+", "", text)  # noqa: E731
+    sources = [conf.stub_path(lab_name), lab.folder / "README.md", *lab.solutions(), *lab.folder.glob("*.h")]
+    for path in sources:
+        assert spaceless(lab.signature) in spaceless(path.read_text()), f"{path} lacks `{lab.signature}`"
+
+
+@pytest.mark.parametrize("lab_name", list(LABS))
+def test_three_solutions_with_prediction_and_measurement(lab_name):
+    steps = get(lab_name).solutions()
+    assert len(steps) >= 3
+    for step in steps:
+        head = step.read_text()[:2500]
+        assert "Predicted:" in head and "Measured:" in head, step
+
+
+@pytest.mark.parametrize("lab_name", list(LABS))
+def test_help_is_quick_to_import(lab_name):
+    code = (
+        f"import sys; sys.argv = ['grade.py', '--help']; sys.path.insert(0, {str(conf.ROOT)!r})\n"
+        "from common.grading.cli import main\n"
+        f"try:\n    main({lab_name!r})\nexcept SystemExit:\n    pass\n"
+        "assert not {'torch', 'triton', 'matplotlib', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@needs_compiler
+def test_commands_of_a_grade_script(tmp_path):
+    """Reset keeps the learner's file; a bad case name is one line and exit code 2; results.json has Gradescope's fields."""
+    script = conf.ROOT / "silu/CUDA/grade.py"
+    student = tmp_path / "student"
+    student.mkdir()
+    shutil.copy(get("silu/CUDA").solutions()[0], student / "silu.cu")
+    out = tmp_path / "results.json"
+    command = [sys.executable, str(script), "--submission", str(student), "--quick", "--no-gpu", "--gradescope", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(out.read_text())
+    assert result["score"] == pytest.approx(sum(t["max_score"] for t in result["tests"]), abs=0.01)
+    assert {"name", "score", "max_score", "output", "visibility"} == set(result["tests"][0])
+    assert result["score"] > 50
+    bad = subprocess.run([sys.executable, str(script), "--case", "nothing"], capture_output=True, text=True)
+    assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "nothing" in bad.stderr
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "body, construct",
+    [
+        ('asm volatile("nop;");', "asm"),
+        ("cudaGraph_t graph;", "cudaGraph_t"),
+        ("unsigned r = __reduce_add_sync(0xffffffff, n);", "__reduce_add_sync"),
+        ("cudaArray_t array;", "cudaArray_t"),
+    ],
+)
+def test_what_the_emulation_lacks_is_blocked_not_wrong(tmp_path, body, construct):
+    source = tmp_path / "silu.cu"
+    source.write_text(f'#include "silu.h"\nvoid silu(float *input, float *output, int n) {{\n    {body}\n}}\n')
+    with pytest.raises(Blocked, match=construct):
+        build_emulated(get("silu/CUDA"), source, tmp_path)
+    report = grade(get("silu/CUDA"), source, Options(quick=True, **OFFLINE))
+    assert report.outcome is Outcome.BLOCKED and report.outcome.exit_code == 4
+
+
+@needs_compiler
+def test_compile_error_names_the_learners_line(tmp_path):
+    source = tmp_path / "silu.cu"
+    source.write_text('#include "silu.h"\n\nvoid silu(float *input, float *output, int n) {\n    int x = y;\n}\n')
+    report = grade(get("silu/CUDA"), source, Options(quick=True, **OFFLINE))
+    assert report.outcome is Outcome.DOES_NOT_COMPILE
+    assert "silu.cu:4" in report.lesson.text and "y" in report.lesson.text
+
+
+@needs_compiler
+def test_another_signature_is_named(tmp_path):
+    source = tmp_path / "silu.cu"
+    source.write_text("void silu(float *input, float *output, long n) {}\n")
+    report = grade(get("silu/CUDA"), source, Options(quick=True, **OFFLINE))
+    assert report.outcome is Outcome.DOES_NOT_COMPILE and "int n" in report.lesson.text
+
+
+@needs_compiler
+def test_a_crash_and_an_early_exit_are_outcomes(tmp_path):
+    for body in ("*(volatile int *)0 = 1;", "exit(0);", "abort();"):
+        source = tmp_path / "silu.cu"
+        source.write_text(f"#include <cstdlib>\nvoid silu(float *input, float *output, int n) {{ {body} }}\n")
+        report = grade(get("silu/CUDA"), source, Options(cases=("n=33",), quick=True, **OFFLINE))
+        assert report.outcome is Outcome.CRASHES, body
