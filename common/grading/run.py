@@ -133,7 +133,7 @@ def _run_once(command, cases, pending, schedule, work, outputs, runs, gpu) -> in
     lines = []
     for i in pending:
         case, sizes = cases[i], list(cases[i].sizes.values())
-        limit = HEAVY_LIMIT_S if case.heavy else CASE_LIMIT_S
+        limit = HEAVY_LIMIT_S if case.heavy or case.gpu_only else CASE_LIMIT_S
         lines.append(f"{i} {case.calls} {limit} {case.epsilon!r} {len(sizes)} {' '.join(map(str, sizes))}\n")
     jobs.write_text("".join(lines))
     progress.write_text("")
@@ -168,7 +168,7 @@ def _run_once(command, cases, pending, schedule, work, outputs, runs, gpu) -> in
         return None
     if current is None:
         current = pending[0]
-    limit = HEAVY_LIMIT_S if cases[current].heavy else CASE_LIMIT_S
+    limit = HEAVY_LIMIT_S if cases[current].heavy or cases[current].gpu_only else CASE_LIMIT_S
     runs[current].crash = _crash(process.returncode, timed_out, log, runs[current], limit)
     return current
 

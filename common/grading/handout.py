@@ -1,0 +1,55 @@
+"""Writes the zip that learners get: the tracked files without solutions/ and tests/grading/, every lab at its stub.
+
+    python -m common.grading.handout --out transformers-lab-handout.zip
+"""
+
+import argparse
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from common.errors import UserError
+from common.grading.lab import LABS, ROOT, get
+
+FOLDER = "transformers-lab"
+STUBS = "tests/grading/stubs"
+
+
+def chosen_files() -> list[str]:
+    """Tracked files that go into the handout, relative to the root; UserError outside a git clone."""
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{ROOT}: not a git clone, so the handout's files are not known")
+    hidden = ("tests/grading/", "docs/instructors.md", "tests/gpu/test_labs_gpu.py")
+    keep = [name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+    return [name for name in keep if not name.startswith(hidden) and "/solutions/" not in f"/{name}"]
+
+
+def write(target: Path) -> int:
+    """Writes the zip; returns the number of files. A lab's file is its pristine stub, also where the clone's is solved."""
+    stubs = {f"{name}/{get(name).source}": ROOT / STUBS / name / get(name).source for name in LABS}
+    names = chosen_files()
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in sorted(set(names) | set(stubs)):
+            archive.write(stubs.get(name, ROOT / name), f"{FOLDER}/{name}")
+        for name, path in stubs.items():  # for grade.py --reset
+            archive.write(path, f"{FOLDER}/common/grading/stubs/{name}")
+    return len(names)
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=Path, default=Path("transformers-lab-handout.zip"), metavar="FILE")
+    args = p.parse_args()
+    try:
+        count = write(args.out)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {args.out}: {count} files, in the folder {FOLDER}/")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""Grading a class goes on after any failure; the handout holds no solutions and starts every lab at its stub."""
+
+import csv
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from common.grading import batch, handout
+from common.grading.lab import LABS, ROOT, get
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+def test_a_class_is_graded_to_its_end(tmp_path):
+    lab = get("silu/CUDA")
+    files = {"ada": lab.solutions()[0].read_text(), "ben": "int main( {", "dan": "void silu(float *, float *, int) { while (1); }"}
+    for student, text in files.items():
+        (tmp_path / "class" / student).mkdir(parents=True)
+        (tmp_path / "class" / student / "silu.cu").write_text(text)
+    (tmp_path / "class" / "cyd").mkdir()
+    out = tmp_path / "grades.csv"
+    assert batch.main([str(tmp_path / "class"), "--lab", "silu/CUDA", "--no-gpu", "--quick", "--out", str(out)]) == 0
+    rows = {row["student"]: row for row in csv.DictReader(out.open())}
+    assert {s: r["outcome"] for s, r in rows.items()} == {
+        "ada": "correct",
+        "ben": "does not compile",
+        "cyd": "missing",
+        "dan": "crashes",
+    }
+    assert batch.main([str(tmp_path / "nobody"), "--out", str(out)]) == 2
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the handout is made from a git clone")
+def test_handout_has_stubs_and_no_solutions(tmp_path):
+    target = tmp_path / "handout.zip"
+    handout.write(target)
+    with zipfile.ZipFile(target) as archive:
+        names = archive.namelist()
+        assert not [n for n in names if "/solutions/" in n or "/tests/grading/" in n]
+        assert len(names) == len(set(names))
+        archive.extractall(tmp_path)
+    clone = tmp_path / handout.FOLDER
+    for name in LABS:
+        source = clone / name / get(name).source
+        assert source.read_bytes() == (ROOT / handout.STUBS / name / get(name).source).read_bytes()
+    source.write_text("spoilt")
+    done = subprocess.run([sys.executable, str(clone / name / "grade.py"), "--reset"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "spoilt" not in source.read_text() and Path(f"{source}.bak").read_text() == "spoilt"
