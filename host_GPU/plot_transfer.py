@@ -58,10 +58,16 @@ def main() -> None:
     p.add_argument("--csv", type=Path, help="default: transfer.csv here, else beside this script")
     p.add_argument("--out", type=Path, default=None, metavar="DIR", help="default: beside the CSV")
     args = p.parse_args()
-    path = args.csv or next((f for f in (Path("transfer.csv"), here / "transfer.csv") if f.is_file()), here / "transfer.csv")
+    path = args.csv or next(
+        (f for f in (Path("transfer.csv"), here / "transfer.csv") if f.is_file()), here / "transfer.csv"
+    )
     series = read_series(path)
     facts = path.with_suffix(".json")
-    machine = " | ".join(str(v) for v in json.loads(facts.read_text()).values()) if facts.is_file() else "machine not recorded"
+    machine = (
+        " | ".join(str(v) for v in json.loads(facts.read_text()).values())
+        if facts.is_file()
+        else "machine not recorded"
+    )
     folder = args.out or path.parent
     folder.mkdir(parents=True, exist_ok=True)
     draw(series, machine, folder / "transfer.png")

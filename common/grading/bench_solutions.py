@@ -47,11 +47,17 @@ def bench(lab, step: Path) -> dict:
 
 
 def provenance() -> dict:
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit,clocks.max.sm,clocks.max.mem", "--format=csv,noheader"]
+    query = [
+        "nvidia-smi",
+        "--query-gpu=name,driver_version,power.limit,clocks.max.sm,clocks.max.mem",
+        "--format=csv,noheader",
+    ]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {
         "gpu": subprocess.run(query, capture_output=True, text=True).stdout.strip(),
-        "nvcc": subprocess.run([str(build.nvcc()), "--version"], capture_output=True, text=True).stdout.strip().splitlines()[-2:],
+        "nvcc": subprocess.run([str(build.nvcc()), "--version"], capture_output=True, text=True)
+        .stdout.strip()
+        .splitlines()[-2:],
         "python": platform.python_version(),
         "commit": commit,
         "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -20,10 +20,22 @@ def copy_library(work: Path) -> Path | None:
         return None
     target = work / "copy.so"
     source = build.HARNESS / "copy_kernel.cu"
-    command = [str(build.nvcc()), "-O3", "-arch=native", "-shared", "-Xcompiler", "-fPIC", "-o", str(target), str(source)]
+    command = [
+        str(build.nvcc()),
+        "-O3",
+        "-arch=native",
+        "-shared",
+        "-Xcompiler",
+        "-fPIC",
+        "-o",
+        str(target),
+        str(source),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"nvcc cannot build {source.name}: {done.stderr.splitlines()[0] if done.stderr else 'no message'}")
+        raise UserError(
+            f"nvcc cannot build {source.name}: {done.stderr.splitlines()[0] if done.stderr else 'no message'}"
+        )
     return target
 
 
@@ -74,7 +86,9 @@ def measure_speed(lab: Lab, artefact: Path, report: Report, work: Path) -> None:
     if speed.share > SUSPECT_ABOVE:
         report.outcome = Outcome.SUSPECT
         report.points["speed"] = (0.0, float(table["points"]))
-        report.lesson = Lesson("suspect", f"{speed.share:.0%} of a copy of the same bytes: faster than the memory allows")
+        report.lesson = Lesson(
+            "suspect", f"{speed.share:.0%} of a copy of the same bytes: faster than the memory allows"
+        )
     elif slow:
         report.outcome, report.lesson = Outcome.CORRECT_BUT_SLOW, Lesson("slow", text)
     draw(lab, speed)
@@ -92,7 +106,9 @@ def draw(lab: Lab, speed: Speed) -> None:
     figure, axes = plt.subplots(figsize=(7, 1.5 + 0.5 * len(bars)))
     axes.barh(list(bars), list(bars.values()), color=["tab:blue", *["tab:grey"] * len(speed.peers)])
     if speed.copy_gb_per_s:
-        axes.axvline(speed.copy_gb_per_s, color="tab:red", label=f"copy of the same bytes: {speed.copy_gb_per_s:,.0f} GB/s")
+        axes.axvline(
+            speed.copy_gb_per_s, color="tab:red", label=f"copy of the same bytes: {speed.copy_gb_per_s:,.0f} GB/s"
+        )
         axes.legend(loc="lower right")
     axes.invert_yaxis()
     axes.set(xlabel="GB/s", title=lab.name)

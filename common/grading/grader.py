@@ -47,7 +47,7 @@ def choose_cases(lab: Lab, options: Options, *, on_gpu: bool = False) -> list[Ca
     return found
 
 
-def grade(lab: Lab, source: Path, options: Options = Options()) -> Report:  # noqa: B008 (frozen)
+def grade(lab: Lab, source: Path, options: Options = Options()) -> Report:
     """Grades `source` as the learner's file of `lab`. UserError when there is no such file."""
     if not source.is_file():
         raise UserError(f"{source}: no such file; `--reset` restores the stub")

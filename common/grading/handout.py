@@ -1,6 +1,6 @@
 """Writes the zip that learners get: the tracked files without solutions/ and tests/grading/, every lab at its stub.
 
-    python -m common.grading.handout --out transformers-lab-handout.zip
+python -m common.grading.handout --out transformers-lab-handout.zip
 """
 
 import argparse

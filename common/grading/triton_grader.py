@@ -33,7 +33,9 @@ def grade_triton(lab: Lab, source: Path, options) -> Report:
         work = Path(folder)
         run.write_jobs(lab, cases, inputs, work)
         runs = {s: run.run_cases(command, cases, s, work, gpu=True) for s in SCHEDULES[: 1 if options.quick else 2]}
-        evaluations = [evaluate(lab, case, inputs[i], {s: r[i] for s, r in runs.items()}) for i, case in enumerate(cases)]
+        evaluations = [
+            evaluate(lab, case, inputs[i], {s: r[i] for s, r in runs.items()}) for i, case in enumerate(cases)
+        ]
         first = runs[run.FIRST]
         for kind, outcome, lesson in (
             ("import-error", Outcome.DOES_NOT_COMPILE, "does-not-compile"),

@@ -31,7 +31,9 @@ def all_wrong() -> list:
     for lab_name in LABS:
         for i, (name, want) in enumerate(wrong_files(lab_name).items()):
             slow = want["lesson"] == "endless" or (lab_name == "silu" and i >= 5)
-            found.append(pytest.param(lab_name, name, want, id=f"{lab_name}/{name}", marks=[pytest.mark.slow] if slow else []))
+            found.append(
+                pytest.param(lab_name, name, want, id=f"{lab_name}/{name}", marks=[pytest.mark.slow] if slow else [])
+            )
     return found
 
 

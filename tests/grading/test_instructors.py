@@ -16,7 +16,11 @@ from common.grading.lab import LABS, ROOT, get
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 def test_a_class_is_graded_to_its_end(tmp_path):
     lab = get("silu/CUDA")
-    files = {"ada": lab.solutions()[0].read_text(), "ben": "int main( {", "dan": "void silu(float *, float *, int) { while (1); }"}
+    files = {
+        "ada": lab.solutions()[0].read_text(),
+        "ben": "int main( {",
+        "dan": "void silu(float *, float *, int) { while (1); }",
+    }
     for student, text in files.items():
         (tmp_path / "class" / student).mkdir(parents=True)
         (tmp_path / "class" / student / "silu.cu").write_text(text)

@@ -1,4 +1,4 @@
-"""Every stub is `not started`, every solution correct, every wrong file teaches its own lesson; names and texts agree."""
+"""Every stub is `not started`, every solution correct, every wrong file teaches its lesson; texts agree."""
 
 import importlib.util
 import json
@@ -110,13 +110,22 @@ def test_help_is_quick_to_import(lab_name):
 
 @needs_compiler
 def test_commands_of_a_grade_script(tmp_path):
-    """Reset keeps the learner's file; a bad case name is one line and exit code 2; results.json has Gradescope's fields."""
+    """A bad case name is one line and exit code 2; results.json has Gradescope's fields."""
     script = conf.ROOT / "silu/CUDA/grade.py"
     student = tmp_path / "student"
     student.mkdir()
     shutil.copy(get("silu/CUDA").solutions()[0], student / "silu.cu")
     out = tmp_path / "results.json"
-    command = [sys.executable, str(script), "--submission", str(student), "--quick", "--no-gpu", "--gradescope", str(out)]
+    command = [
+        sys.executable,
+        str(script),
+        "--submission",
+        str(student),
+        "--quick",
+        "--no-gpu",
+        "--gradescope",
+        str(out),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
@@ -170,3 +179,32 @@ def test_a_crash_and_an_early_exit_are_outcomes(tmp_path):
         source.write_text(f"#include <cstdlib>\nvoid silu(float *input, float *output, int n) {{ {body} }}\n")
         report = grade(get("silu/CUDA"), source, Options(cases=("n=33",), quick=True, **OFFLINE))
         assert report.outcome is Outcome.CRASHES, body
+
+
+@pytest.mark.parametrize("lab_name", list(LABS))
+def test_commands_in_the_handout_are_accepted(lab_name):
+    """Every grade.py line of the handout parses, and names this lab's script and a case that exists."""
+    from common.grading.cli import parser
+    from common.grading.grader import choose_cases
+
+    text = (get(lab_name).folder / "README.md").read_text()
+    lines = [
+        line.split("#")[0].split() for line in text.splitlines() if line.startswith("python ") and "grade.py" in line
+    ]
+    assert len(lines) >= 5
+    for _, script, *options in lines:
+        assert script == f"{lab_name}/grade.py" and (conf.ROOT / script).is_file()
+        args = parser(lab_name).parse_args(options)
+        if args.case:
+            assert choose_cases(get(lab_name), Options(cases=tuple(args.case)))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None or shutil.which("cmake") is None, reason="needs nvcc and CMake")
+@pytest.mark.parametrize("lab_name", CUDA_LABS)
+def test_main_builds_with_cmake_and_nvcc(lab_name, tmp_path):
+    folder = get(lab_name).folder
+    configure = ["cmake", "-S", str(folder), "-B", str(tmp_path), "-DCMAKE_CUDA_ARCHITECTURES=90"]
+    for command in (configure, ["cmake", "--build", str(tmp_path)]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

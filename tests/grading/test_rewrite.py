@@ -13,7 +13,10 @@ def body(source: str) -> str:
     "source, expected",
     [
         ("k<<<1, 2>>>(a, b);", "emu::Launch(1, 2).call([=](auto... emu_a) { k(emu_a...); }, a, b);"),
-        ("k<4, float><<<g, b, 8>>>(f(a));", "emu::Launch(g, b, 8).call([=](auto... emu_a) { k<4, float>(emu_a...); }, f(a));"),
+        (
+            "k<4, float><<<g, b, 8>>>(f(a));",
+            "emu::Launch(g, b, 8).call([=](auto... emu_a) { k<4, float>(emu_a...); }, f(a));",
+        ),
         ("n::k<<<1, 2>>>();", "emu::Launch(1, 2).call([=](auto... emu_a) { n::k(emu_a...); });"),
         ("// k<<<1, 2>>>(a);", "// k<<<1, 2>>>(a);"),
         ('puts("k<<<1, 2>>>(a)");', 'puts("k<<<1, 2>>>(a)");'),
@@ -44,5 +47,5 @@ def test_lacking_construct_is_found_with_its_line_but_not_in_a_comment():
 
 
 def test_blanking_keeps_length():
-    source = "a // b\n\"c\\\"d\" /* e\nf */ 'g'"
+    source = 'a // b\n"c\\"d" /* e\nf */ \'g\''
     assert len(blank_comments(source)) == len(source)

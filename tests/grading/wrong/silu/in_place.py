@@ -1,5 +1,4 @@
 # A mistake on purpose: the result is written over the input.
-import torch
 import triton
 import triton.language as tl
 
