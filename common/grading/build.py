@@ -122,7 +122,7 @@ def _learner_error(done: subprocess.CompletedProcess, source: Path) -> Exception
 
 
 def check_nvcc(source: Path, include: Path, work: Path) -> None:
-    """Compiles for sm_80 and sm_90 with nvcc: what g++ accepts need not be CUDA. CompileFailed with nvcc's first error."""
+    """Compiles for sm_80 and sm_90 with nvcc: what g++ accepts need not be CUDA. CompileFailed if it does not."""
     command = [
         str(nvcc()),
         "-std=c++17",

@@ -47,7 +47,7 @@ def find_source(lab, args: argparse.Namespace) -> Path:
 
 
 def stub_of(lab) -> Path:
-    """The pristine stub: a handout has it under common/grading/stubs (handout.py), a clone under tests/grading/stubs."""
+    """The pristine stub: in common/grading/stubs (a handout; see handout.py) or tests/grading/stubs (a clone)."""
     from common.grading.lab import ROOT
 
     for folder in ("common/grading/stubs", "tests/grading/stubs"):

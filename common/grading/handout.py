@@ -27,7 +27,7 @@ def chosen_files() -> list[str]:
 
 
 def write(target: Path) -> int:
-    """Writes the zip; returns the number of files. A lab's file is its pristine stub, also where the clone's is solved."""
+    """Writes the zip; returns the number of files. Each lab's file is its pristine stub, whatever the clone's is."""
     stubs = {f"{name}/{get(name).source}": ROOT / STUBS / name / get(name).source for name in LABS}
     names = chosen_files()
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -3,13 +3,13 @@
 from common.grading.lab import Lab
 
 HINTS = {
-    "not-started": "Do the TODOs in order and grade after each: the first makes a launch, the outcome then becomes `wrong`.",
+    "not-started": "Do the TODOs in order and grade after each: after the first the outcome becomes `wrong`.",
     "does-not-compile": "Read the first error only; later ones often follow from it.",
-    "divergent-barrier": "Look for a `return`, an `if` or a loop bound that differs between threads, with __syncthreads() behind it.",
+    "divergent-barrier": "Which `return`, `if` or loop bound before a __syncthreads() differs between threads?",
     "warp-hang": "Every lane that the mask names must execute the same warp operation. Move it out of the `if`.",
     "shuffle-mask": "Use 0xffffffff where all lanes take part, and let all lanes take part.",
     "grid-sync-launch": "Replace <<<...>>> by cudaLaunchCooperativeKernel((void *)kernel, grid, block, arguments).",
-    "cooperative-too-large": "Blocks = multiprocessors x blocks that fit on one; each thread then loops over its elements.",
+    "cooperative-too-large": "Multiprocessors x blocks that fit on one; each thread then loops.",
     "launch-shape": "Fix the block at 256 threads, say, and let each thread take several elements in a loop.",
     "launch-shared-memory": "48 KiB a block without asking for more: a partial sum a warp needs 128 bytes.",
     "copy-direction": "The last argument names from where to where: host to device, or device to host.",
@@ -17,14 +17,14 @@ HINTS = {
     "out-of-bounds": "The last block has threads without work: compare the index with the length before using it.",
     "host-touches-device": "Device pointers are for kernels and cudaMemcpy only.",
     "misaligned": "float4 needs an address that is a multiple of 16: is every row's start one, when cols is odd?",
-    "endless": "Which loop's condition can stay true? A stride of 0 (d /= 2 down to 0, then d > 0?) is a usual suspect.",
+    "endless": "Which loop's condition can stay true? A stride that becomes 0 is a usual suspect.",
     "input-changed": "Write to `output` only.",
     "leak": "Every cudaMalloc in the function needs its cudaFree, or a buffer that is kept and reused.",
     "race": "Between writing shared memory and reading another thread's part of it stands a __syncthreads(); before the"
     " memory is used again stands another. A sum that several blocks add to needs atomicAdd.",
     "state-kept": "Which __device__ or static variable must be set to 0 at the start of each call?",
     "uninitialised": "Shared and device memory start with whatever was there. Set accumulators to 0 before adding.",
-    "tail-dropped": "A loop over `cols / blockDim.x` rounds down. Loop `for (i = threadIdx.x; i < cols; i += blockDim.x)`.",
+    "tail-dropped": "`cols / blockDim.x` rounds down. Loop `for (i = threadIdx.x; i < cols; i += blockDim.x)`.",
     "tail-unwritten": "A grid of `n / block` blocks rounds down: (n + block - 1) / block, and a guard.",
     "one-element-a-thread": "When there are more elements than threads, a thread must take more than one.",
     "rows-missing": "How many rows does the grid cover? One block a row needs `rows` blocks, in x (y ends at 65,535).",

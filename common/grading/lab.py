@@ -19,8 +19,8 @@ except ModuleNotFoundError:  # Python 3.10
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# What an output's words hold before the call, by fill pattern (harness.h): one is a NaN. Other memory holds other
-# words, so an element that was never written differs from one that was computed from unwritten memory.
+# What an output's words hold before the call, by fill pattern (harness.h): one is a NaN. Other memory differs:
+# an element that was never written differs from one that was computed from unwritten memory.
 OUTPUT_FILL = {"nan": np.uint32(0xFFFFDEAD), "large": np.uint32(0x4B4BDEAD)}
 # In a prediction: this element is never written. (No float32 has this value.)
 UNWRITTEN = -1.25e300

@@ -32,7 +32,7 @@ FINDINGS = {
     ),
     "cooperative-too-large": (
         "cooperative-too-large",
-        "a cooperative grid must fit on the device at once: ask cudaOccupancyMaxActiveBlocksPerMultiprocessor, and loop",
+        "a cooperative grid must fit on the device at once: ask cudaOccupancyMaxActiveBlocksPerMultiprocessor",
     ),
     "launch-shape": ("launch-shape", "the launch is refused: a block has at most 1024 threads, and no dimension is 0"),
     "launch-shared-memory": ("launch-shared-memory", "the launch is refused: more shared memory than a block may have"),

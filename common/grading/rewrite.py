@@ -1,8 +1,8 @@
 """Turns a CUDA source into C++ that the emulation's headers understand, keeping every line where it was.
 
 Only three things in CUDA are not C++: kernel launches (`kernel<<<grid, block>>>(x)`), `__shared__` declarations, and
-kernels passed as `void *`. Everything else is macros and functions in `emulation/`. The text in between is copied, and a
-`#line` directive names the learner's file, so that a compiler error or a crash points into it.
+kernels passed as `void *`. Everything else is macros and functions in `emulation/`. The text in between is copied,
+and a `#line` directive names the learner's file, so that a compiler error or a crash points into it.
 """
 
 import re
@@ -188,7 +188,7 @@ def _rewrite_kernel_pointers(source: str) -> str:
     for match in reversed(list(re.finditer(_TAKES_KERNEL, source))):
         closing = _closing(source, match.end() - 1)
         call = source[match.end() : closing]
-        # The kernel is the first argument, or the second of the occupancy functions; the array of arguments keeps its type.
+        # The kernel is the first argument, or an occupancy function's second; the array of arguments keeps its type.
         cut = call.find("{") if "{" in call else len(call)
         for cast in _CASTS:
             call = cast.sub("", call[:cut], count=1) + call[cut:]

@@ -87,7 +87,7 @@ def _limit_resources(checked: bool) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-_KEPT = ["PATH", "HOME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "TMPDIR", "TRITON_INTERPRET", "TRITON_CACHE_DIR"]
+_KEPT = ("PATH", "HOME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "TMPDIR", "TRITON_INTERPRET", "TRITON_CACHE_DIR")
 
 
 def _environment(schedule: Schedule, progress: Path) -> dict[str, str]:
@@ -201,7 +201,16 @@ _REGION = re.compile(
     r"is located (?P<by>\d+) bytes (?P<side>to the right of|after|to the left of|before|inside of)"
     r" (?P<size>\d+)-byte region \[0x(?P<start>[0-9a-f]+)"
 )
-_FATAL = ["divergent-barrier", "warp-hang", "shuffle-mask", "grid-sync-without-cooperative-launch", "device-code-on-host", "out-of-memory", "blocked", "launch-error"]
+_FATAL = (
+    "divergent-barrier",
+    "warp-hang",
+    "shuffle-mask",
+    "grid-sync-without-cooperative-launch",
+    "device-code-on-host",
+    "out-of-memory",
+    "blocked",
+    "launch-error",
+)
 
 
 def _crash(code: int, timed_out: bool, log: Path, run: CaseRun, limit_s: int) -> Crash:

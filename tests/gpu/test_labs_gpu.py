@@ -1,4 +1,4 @@
-"""The labs on a GPU: every solution passes all cases built by nvcc, and the best ones are timed without being suspect."""
+"""The labs on a GPU: solutions pass all cases built by nvcc, and the best are timed and not suspect."""
 
 import shutil
 

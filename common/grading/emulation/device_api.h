@@ -10,7 +10,7 @@
 #define blockIdx (emu::self().block_idx)
 #define blockDim (emu::self(), emu::block_dim)
 #define gridDim (emu::self(), emu::grid_dim)
-#define warpSize 32
+constexpr int warpSize = 32;
 
 // The line of the call names a barrier: all threads of a block must meet at the same one.
 #define __syncthreads() emu::block_barrier(__LINE__)

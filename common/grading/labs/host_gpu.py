@@ -50,7 +50,7 @@ def matrix(case: Case, inputs) -> np.ndarray:
 
 
 def _picked(index: Callable[[np.ndarray, int, int], np.ndarray]) -> Callable:
-    """Element r of the output is element `index(r, rows, cols)` of the flat matrix; out of range: nothing is written."""
+    """Element r of the output is element `index(r, rows, cols)` of the flat matrix, or unwritten if out of range."""
 
     def predict(case: Case, inputs) -> np.ndarray:
         rows, cols = case.sizes["rows"], case.sizes["cols"]
@@ -126,9 +126,9 @@ LAB = Lab(
         ),
     ),
     hints={
-        "tail-unwritten": "rows / block rounds down: launch (rows + block - 1) / block blocks, and guard with `if (row < rows)`.",
-        "first-row": "A plain cudaMemcpy takes what lies together. Which function takes a width, a height and two pitches?",
-        "bytes-not-elements": "Source pitch: cols * sizeof(float). Target pitch and width: sizeof(float). Height: rows.",
+        "tail-unwritten": "rows / block rounds down: (rows + block - 1) / block, and a guard `if (row < rows)`.",
+        "first-row": "A plain cudaMemcpy takes what lies together. What takes a width, a height and two pitches?",
+        "bytes-not-elements": "Source pitch: cols * sizeof(float). Target pitch, width: sizeof(float). Height: rows.",
         "rows-missing": "One block ends at 1024 threads.",
     },
 )

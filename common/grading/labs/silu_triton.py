@@ -125,7 +125,7 @@ LAB = Lab(
     kind="triton",
     hints={
         "out-of-bounds": "The last program has offsets beyond n: mask=offsets < n, in the load and in the store.",
-        "strides-ignored": "input.contiguous() is a copy with the elements in order; or compute addresses from the strides.",
+        "strides-ignored": "input.contiguous() is a copy in order; or compute addresses from the strides.",
         "one-block": "The grid is the number of programs: triton.cdiv(n, BLOCK).",
     },
 )
