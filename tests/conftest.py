@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-# One thread a process: the tests run in two processes on two cores, and threads that wait for each other spin. Scripts that
-# tests start inherit it. It counts only before torch is imported.
+# One thread a process: the tests run in two processes on two cores, and threads that wait for each other spin. Scripts
+# that tests start inherit it. It counts only before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
