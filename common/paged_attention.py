@@ -132,7 +132,9 @@ def _scratch(count: int, like: torch.Tensor) -> torch.Tensor:
     key = (like.device, like.dtype)
     held = _scratch_memory.get(key)
     if held is None or len(held) < count:
-        held = _scratch_memory[key] = torch.empty(count + count // 4, dtype=like.dtype, device=like.device)
+        with torch.inference_mode(False):  # it outlives the mode it is made in, and must be writable in either
+            held = torch.empty(count + count // 4, dtype=like.dtype, device=like.device)
+        _scratch_memory[key] = held
     return held[:count]
 
 
@@ -168,6 +170,7 @@ class TritonPagedAttend(Attend):
         self.table = rotary_table(model.config, model.device)
         self.page_table = page_table
         self.rows_table = page_table.index_select(0, batch.slots)  # [R, max_pages], the rows' own lines in their order
+        self.has_context = has_context
         self.prefill_indptr = batch.q_indptr[num_decodes:] - num_decodes
         self.has_context = host is None or bool(host.starts[num_decodes:].any())
         self.cudnn_shape = _cudnn_shape(model, host) if host is not None else None
@@ -192,6 +195,7 @@ class TritonPagedAttend(Attend):
         outputs = []
         if n:
             outputs.append(
+                # early: the table and the lengths were there before this layer's product began
                 rope_append_decode_triton(
                     qkv[:n],
                     pages,

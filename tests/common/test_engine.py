@@ -35,13 +35,15 @@ class PoisoningEngine(Engine):
 
 
 @pytest.fixture(scope="module")
-def reference(tiny):
+def reference(lively):
     """(model, prompts, Hugging Face's greedy tokens of each)."""
-    model, _ = tiny
+    model, _ = lively
     draw = random.Random(0)
     prompts = [[draw.randrange(model.config.vocab_size) for _ in range(n)] for n in LENGTHS]
     peer = HuggingFacePeer(model)
-    return model, prompts, [peer.generate([prompt], OUTPUT_LEN)[0] for prompt in prompts]
+    expected = [peer.generate([prompt], OUTPUT_LEN)[0] for prompt in prompts]
+    assert sum(len(set(tokens)) for tokens in expected) > 8 * len(expected)  # or there would be little to compare
+    return model, prompts, expected
 
 
 def make_requests(prompts, output_len=OUTPUT_LEN, **given):
@@ -77,7 +79,7 @@ def serve(engine, requests, draw, *, max_piece=10**9, overlap=True, preempt=0.0)
             step = None
         in_flight = step
         for r in [r for r in running if not r.num_unread]:
-            if r.finish_reason or draw.random() < preempt:
+            if r.finish_reason or r.preemptions < 2 and draw.random() < preempt:
                 engine.release(r)
                 running.remove(r)
                 if not r.finish_reason:
@@ -111,7 +113,7 @@ def test_small_pieces_and_preemptions(reference):
     rows = [i for i, n in enumerate(LENGTHS) if n <= 64]
     engine = PoisoningEngine(model, page_size=4, num_pages=60, max_requests=9)
     requests = make_requests([prompts[i] for i in rows])
-    serve(engine, requests, random.Random(1), max_piece=7, preempt=0.05)
+    serve(engine, requests, random.Random(1), max_piece=7, preempt=0.4)
     assert sum(r.preemptions for r in requests) > 3
     check(reference, requests, rows)
 
@@ -139,15 +141,15 @@ def test_embedded_model_against_hugging_face(embedded):
     check((model, prompts, expected), requests)
 
 
-def test_a_thousand_overlapped_steps(tiny):
-    """Launched before the last is read, against the same schedule read at once."""
-    model, _ = tiny
+def test_many_overlapped_steps(lively):
+    """Launched before the last is read, against the same schedule read at once. tests/gpu runs a thousand."""
+    model, _ = lively
     runs = []
     for overlap in (True, False):
         draw = random.Random(4)
-        prompts = [[draw.randrange(512) for _ in range(draw.randint(1, 20))] for _ in range(40)]
+        prompts = [[draw.randrange(512) for _ in range(draw.randint(1, 20))] for _ in range(20)]
         engine = PoisoningEngine(model, page_size=4, num_pages=80, max_requests=16)
-        requests = make_requests(prompts, 40)
+        requests = make_requests(prompts, 30)
         steps = 0
         launch = engine.launch
 
@@ -158,7 +160,7 @@ def test_a_thousand_overlapped_steps(tiny):
 
         engine.launch = counted
         serve(engine, requests, draw, overlap=overlap)
-        assert steps > 200
+        assert steps > 80
         runs.append([r.output_token_ids for r in requests])
     require_equal(model, prompts, runs[1], runs[0], "overlapped against one by one")
 
@@ -199,18 +201,6 @@ def state(engine, requests):
         [(r.num_computed, r.num_sampled, list(r.pages.indices) if r.pages else []) for r in requests],
         [(r.pages.seqlen if r.pages else 0) for r in requests],
     )
-
-
-def test_a_step_that_is_refused_changes_nothing(tiny):
-    model, _ = tiny
-    engine = Engine(model, page_size=4, num_pages=6, max_requests=2)
-    a, b, c = make_requests([[1] * 6, [2] * 9, [3] * 13])
-    engine.launch([Chunk(a, 0, 6)]).tokens()
-    before = state(engine, [a, b, c])
-    with pytest.raises(OutOfPages) as error:
-        engine.launch([Chunk(a, 6, 1), Chunk(c, 0, 13), Chunk(b, 0, 4)][:2] + [])
-    # a has a slot left in its second page; c needs 4 of the 4 free: fits. So take one more away:
-    assert (error.value.requested, error.value.free) == (5, 4)
 
 
 def test_out_of_pages_changes_nothing(tiny):
@@ -274,5 +264,7 @@ def test_the_pool_takes_its_share_of_memory_and_no_more_than_is_useful(tiny, mon
     useful = 2 * pages_for(model.config.max_position_embeddings, 16)
     assert Engine(model, kv_memory=1.0, max_requests=2).pool.capacity == useful
     engine = Engine(model, num_pages=10)
-    assert "10 pages of 16 tokens = 160 tokens, 81.9 KB; attention: torch (the device is a CPU)" in engine.describe_pool()
+    assert (
+        "10 pages of 16 tokens = 160 tokens, 81.9 KB; attention: torch (the device is a CPU)" in engine.describe_pool()
+    )
     assert engine.pool.num_bytes == 10 * page

@@ -194,6 +194,16 @@ def test_runs_of_equal():
     assert _runs_of_equal([4, 4, 2, 4]) == [(4, 2), (2, 1), (4, 1)]
 
 
+def test_inside_and_outside_inference_mode():
+    """What is kept between steps must be writable in both."""
+    for inference in (True, False):
+        with torch.inference_mode(inference):
+            harness = Harness("torch", make_config(2, 1, 8), 2, 99)
+            (request,) = [Request(InputRequest(prompt_token_ids=[1] * 90, output_len=4))]
+            assert harness.step([Chunk(request, 0, 90)]) < 1e-5
+            assert harness.step([Chunk(request, 90, 1)]) < 1e-5
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_harness_sees_a_stale_slot(backend):
     """Poison in a slot that is read: the oracle must disagree, or the tests above prove nothing."""
