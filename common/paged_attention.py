@@ -170,7 +170,6 @@ class TritonPagedAttend(Attend):
         self.table = rotary_table(model.config, model.device)
         self.page_table = page_table
         self.rows_table = page_table.index_select(0, batch.slots)  # [R, max_pages], the rows' own lines in their order
-        self.has_context = has_context
         self.prefill_indptr = batch.q_indptr[num_decodes:] - num_decodes
         self.has_context = host is None or bool(host.starts[num_decodes:].any())
         self.cudnn_shape = _cudnn_shape(model, host) if host is not None else None

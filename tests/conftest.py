@@ -40,6 +40,8 @@ class _LivelyWeights:
     The random weights of a fresh model mostly repeat their last token, and a test over such tokens sees no bug.
     """
 
+    bytes_read = 0
+
     def __init__(self, config):
         self._shapes = expected_shapes(config)
 
