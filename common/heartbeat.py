@@ -77,18 +77,18 @@ class Heartbeat(threading.Thread):
         count = 0
         beats = [""] * len(self.peers)
         now = time.monotonic()
-        heard = [now] * len(self.peers)
+        silent_s = [0.0] * len(self.peers)
         while not self._ended.wait(BEAT_S):
             last, now = now, time.monotonic()
-            if now - last > SILENT_S / 2:  # this process itself stood still: the others may have beaten meanwhile
-                heard = [now] * len(self.peers)
+            # Where this process itself stood still, the others may have beaten: that time is not their silence.
+            silent_s = [silent + min(now - last, 2 * BEAT_S) for silent in silent_s]
             count += 1
             try:
                 self.store.set(f"beat/{self.rank}", str(count))
                 for rank, beat in enumerate(self._read_beats()):
                     if beat != beats[rank]:
-                        beats[rank], heard[rank] = beat, now
-                self._judge(now, heard)
+                        beats[rank], silent_s[rank] = beat, 0.0
+                self._judge(now, silent_s)
             except RuntimeError:
                 if not self._ended.is_set():
                     self._end("the run's store does not answer: the launcher or its machine is gone")
@@ -97,7 +97,7 @@ class Heartbeat(threading.Thread):
         keys = [f"beat/{rank}" for rank in range(len(self.peers))]
         return [self.store.get(key).decode() if self.store.check([key]) else "" for key in keys]
 
-    def _judge(self, now: float, heard: list[float]) -> None:
+    def _judge(self, now: float, silent_s: list[float]) -> None:
         if os.getppid() != self._launcher:
             self._end("the launcher is gone")
         failure = self.first_failure()
@@ -107,7 +107,7 @@ class Heartbeat(threading.Thread):
             )  # the main thread, if it is not stuck, finds out by itself and leaves in order
             self._end(f"ended because rank {failure[0]} failed first: {failure[1]}")
         for rank, peer in enumerate(self.peers):
-            if rank != self.rank and now - heard[rank] > SILENT_S and not self._left(rank):
+            if rank != self.rank and silent_s[rank] > SILENT_S and not self._left(rank):
                 text = f"no sign of life for {SILENT_S:.0f} s: stopped, or its machine is gone"
                 self.post_failure(rank, text)
                 if _is_here(peer) and _is_alive(peer):
