@@ -177,8 +177,11 @@ class Engine:
         hidden = self.model.forward(packed.tokens, packed.attend, batch.last_tokens)
         if not chunks:
             return hidden.new_empty(0, dtype=torch.int64)
-        positions = [chunk.start + chunk.length for chunk in chunks]
-        ids = sample(self.model.logits(hidden), [chunk.request.sampling for chunk in chunks], positions)
+        params = [chunk.request.sampling for chunk in chunks]
+        if all(p.is_greedy for p in params):
+            ids = self.model.greedy(hidden)
+        else:
+            ids = sample(self.model.logits(hidden), params, [chunk.start + chunk.length for chunk in chunks])
         self.last_token[batch.slots[batch.sampled_rows]] = ids
         return ids
 

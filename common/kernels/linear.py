@@ -135,17 +135,17 @@ def norm_gate_up_silu(x: torch.Tensor, norm: Norm, gate_up: Linear) -> torch.Ten
 
 def linear_float32(x: torch.Tensor, linear: Linear) -> torch.Tensor:
     """x W^T in float32, as logits are wanted: [R, D] -> [R, V]. Our kernels do not round to x's dtype in between."""
-    return _head_product(x, linear).float()
+    return head_product(x, linear).float()
 
 
 def greedy_ids(x: torch.Tensor, linear: Linear) -> torch.Tensor:
     """The index of each row's largest product, [R, D] -> int64 [R]. A library's product is compared as it was rounded:
     making float32 of it first would change nothing but the bytes moved.
     """
-    return argmax(_head_product(x, linear))
+    return argmax(head_product(x, linear))
 
 
-def _head_product(x: torch.Tensor, linear: Linear) -> torch.Tensor:
+def head_product(x: torch.Tensor, linear: Linear) -> torch.Tensor:
     """x W^T in float32 by our kernels or in x's dtype by the library, gathered where ranks hold parts of it."""
     kernel = choose(x, linear, MOST_ROWS["linear_float32"])
     if kernel == "library":
