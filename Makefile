@@ -1,5 +1,6 @@
 # make demo     install into .venv, fetch the small model, run assignment 2, show what came out
 # make test     the fast tests;  make test-all   all of them;  make lint   style
+# make grade    grade every kernel lab;  make handout   the zip for learners
 #
 # PYTHON=python3.12 chooses the interpreter of .venv. TORCH_INDEX=URL takes torch from another index first: PyTorch's
 # small CPU build is at the URL that the README names.
@@ -29,6 +30,14 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -q -n 2
+
+# Every lab: what is started, right, fast. One lab: python rms_norm/matrix/grade.py
+grade: $(INSTALLED)
+	$(BIN)/python -m common.grading.all_labs
+
+# A zip for learners: no solutions, no grading tests.
+handout: $(INSTALLED)
+	$(BIN)/python -m common.grading.handout
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

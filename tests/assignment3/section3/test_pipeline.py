@@ -187,7 +187,7 @@ def test_stop_strings(reference):
 def test_requests_are_sampled_each_in_its_own_way(reference):
     model, _, prompts, expected = reference
     engine = make_engine(model, page_size=4, num_pages=200)
-    ways = [SamplingParams(1.0, seed=1), SamplingParams(), SamplingParams(1.0, seed=2), SamplingParams(1.0, seed=1)]
+    ways = [SamplingParams(4.0, seed=1), SamplingParams(), SamplingParams(4.0, seed=2), SamplingParams(4.0, seed=1)]
     together = engine.generate_batched([given([prompts[4]], sampling=way)[0] for way in ways])
     alone = [engine.generate_batched(given([prompts[4]], sampling=way))[0] for way in ways]
     tokens = [r.output_token_ids for r in together]
@@ -223,9 +223,10 @@ def test_weights_by_name_rebuild_the_model():
     layers = manager.config.num_hidden_layers
     weights = helper.extract_model_weights(manager.weight_map, layers)
     assert all(len(weights[name]) == layers for name in helper.LAYER_WEIGHTS)
-    assert torch.equal(weights["lm_head"], weights["embed_tokens"])  # tied
+    assert torch.equal(weights["lm_head"], manager.model.lm_head.weight)
 
     class Source:
+        bytes_read = 0
         shape = staticmethod(lambda name: tuple(manager.weight_map[name].shape))
         read = staticmethod(lambda name, rows=slice(None), columns=None: manager.weight_map[name][rows])
 
@@ -315,7 +316,7 @@ def test_prompts_from_a_file_streamed_from_a_pool_that_one_does_not_fit(tmp_path
     assert "refused: request 1: 225 tokens take 57 pages, the pool has 10" in done.stdout
     assert done.stdout.count("[6 tokens, ended by length") == 2
     assert "KV pool: 10 pages of 4 tokens = 40 tokens" in done.stdout
-    assert not list((tmp_path / "out").iterdir())  # nothing is measured
+    assert not (tmp_path / "out").exists()  # nothing is measured
 
 
 @pytest.mark.parametrize(
