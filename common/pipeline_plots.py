@@ -57,10 +57,12 @@ def draw_sweep(csv_path: Path) -> Path:
     plots.ceiling_line(right, 100, "ceiling in %")
     for ax in (left, right):
         plots.log2_axis(ax, sorted({_x(row, kind) for row in rows}))
-        ax.set_ylim(0, None)
         ax.set_xlabel(xlabel)
+    right.set_ylim(0, None)
     if max(ceilings.values(), default=0) > 8 * max(row["tokens_per_s"] for row in rows):
         plots.log_axis(left)  # or the curves would lie on the floor
+    else:
+        left.set_ylim(0, None)
     left.set(ylabel=ylabel, title="Speed")
     right.set(ylabel="% of the measured ceiling", title="Share of memory bandwidth and of compute")
     return plots.save(fig, csv_path.with_suffix(".png"), plots.footer(csv_path))
