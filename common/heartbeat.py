@@ -55,9 +55,11 @@ class Heartbeat(threading.Thread):
         while True:
             if self.store.check(["failure"]):
                 return tuple(json.loads(self.store.get("failure")))
-            for rank, peer in enumerate(self.peers):
-                if rank != self.rank and _is_here(peer) and not _is_alive(peer) and not self._left(rank):
-                    return self.post_failure(rank, f"its process ({peer['pid']}) is gone: killed, or crashed")
+            if gone := [rank for rank in range(len(self.peers)) if self._is_gone(rank)]:
+                text = f"its process ({self.peers[gone[0]]['pid']}) is gone: killed, or crashed"
+                # A launcher ends its other ranks with the one that failed: seen from another, who was first is unknown.
+                text += "".join(f", as is that of rank {rank}" for rank in gone[1:])
+                return self.post_failure(gone[0], text)
             if time.monotonic() >= end:
                 return None
             time.sleep(0.1)
@@ -118,6 +120,10 @@ class Heartbeat(threading.Thread):
             text = f"{deadline[1]} did not end in time: a collective hangs"
             self.post_failure(self.rank, text)
             self._end(text)
+
+    def _is_gone(self, rank: int) -> bool:
+        peer = self.peers[rank]
+        return rank != self.rank and _is_here(peer) and not _is_alive(peer) and not self._left(rank)
 
     def _left(self, rank: int) -> bool:
         return self.store.check([f"left/{rank}"])
