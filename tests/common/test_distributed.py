@@ -30,7 +30,7 @@ class Run:
         self.out, self.err = tmp_path / f"{name}.out", tmp_path / f"{name}.err"
         env = (
             {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-            | {"OMP_NUM_THREADS": "1"}
+            | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
             | (env or {})
         )
         with self.out.open("w") as out, self.err.open("w") as err:
@@ -51,6 +51,8 @@ class Run:
         try:
             code = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)  # faulthandler writes where it hangs
+            time.sleep(1)
             self.process.kill()
             raise AssertionError(f"still running after {seconds} s: {self.err.read_text()}") from None
         lines = [line for line in self.err.read_text().splitlines() if line and not line.startswith("pid ")]
