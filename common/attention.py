@@ -121,15 +121,19 @@ def _tiled_causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Te
     it.
     """
     length = q.shape[2]
-    hidden = torch.full((CPU_TILE, CPU_TILE), -torch.inf, dtype=q.dtype).triu(1)
     outputs = []
     for start in range(0, length, CPU_TILE):
         end = min(start + CPU_TILE, length)
-        tile = hidden[: end - start, : end - start]
-        mask = torch.cat((tile.new_zeros(end - start, start), tile), dim=1)
+        mask = _tile_mask(start, end, q.dtype)
         queries, keys, values = q[:, :, start:end], k[:, :, :end], v[:, :, :end]
         outputs.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True))
     return torch.cat(outputs, dim=2)
+
+
+@lru_cache(maxsize=16)
+def _tile_mask(start: int, end: int, dtype: torch.dtype) -> torch.Tensor:
+    """What queries start .. end - 1 add to the scores of keys 0 .. end - 1; every layer of a prompt needs the same."""
+    return torch.full((end - start, end), -torch.inf, dtype=dtype).triu(start + 1)
 
 
 class Decode(Attend):
@@ -146,8 +150,15 @@ class Decode(Attend):
 
     def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         keys, values = self.cache.layers[layer]
-        keys[self.row_index, :, self.positions] = k
-        values[self.row_index, :, self.positions] = v
+        if (
+            len(self.runs) == 1
+        ):  # neighbouring rows at one position: a slice, which a CPU copies faster than it scatters
+            first_row, count, length = self.runs[0]
+            keys[first_row : first_row + count, :, length - 1] = k
+            values[first_row : first_row + count, :, length - 1] = v
+        else:
+            keys[self.row_index, :, self.positions] = k
+            values[self.row_index, :, self.positions] = v
 
     def attention(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         keys, values = self.cache.layers[layer]

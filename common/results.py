@@ -64,6 +64,8 @@ def provenance(args: Any, **facts: Any) -> dict[str, Any]:
 
 
 def _quoted(argument: str) -> str:
+    # Seen from the clone's root: where the clone lies says nothing about the figures.
+    argument = argument.removeprefix(f"{Path(__file__).resolve().parents[1]}{os.sep}")
     return argument if re.fullmatch(r"[\w./:=,^@%+-]+", argument) else json.dumps(argument, ensure_ascii=False)
 
 

@@ -51,4 +51,5 @@ class RotaryTable:
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate heads `x` [T, H, d] by `cos`, `sin` [T, 1, d / 2]; computed in float32, returned in x's dtype."""
     first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    rotated = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat(rotated, dim=-1).to(x.dtype)

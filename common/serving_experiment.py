@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common import cli, request_sets, results, simulate
+from common import cli, data_parallel, request_sets, results, simulate
 from common.config import SHAPES, ModelConfig
+from common.distributed import World
 from common.errors import CheckFailed, UserError
 from common.serving import InputRequest, Request, StepEngine
 from common.serving_files import Files, Policy, Run
@@ -90,18 +91,34 @@ class Setup:
     eos_token_ids: tuple[int, ...] = ()
     suffix: str = ""
     model: object = None  # the real one, to judge tokens by and for --compare
+    world: World | None = None  # the ranks of a data parallel run, each with an engine of its own
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes files: of several ranks the first one alone."""
+        return self.world is None or self.world.is_first
 
 
-def prepare(args: argparse.Namespace, script_file: str, presets: Mapping[str, Mapping]) -> "Setup":
+def prepare(
+    args: argparse.Namespace, script_file: str, presets: Mapping[str, Mapping], world: World | None = None
+) -> "Setup":
     """Everything before the first measurement: a Setup with the real engine, or with simulated ones.
 
-    Presets give the sizes that were not typed; a simulation costs next to nothing and has the course's.
+    Presets give the sizes that were not typed; a simulation costs next to nothing and has the course's. world: the
+    ranks among which the requests are shared, if this process is one of several.
     """
+    if world is not None:
+        data_parallel.check(args, world)
+        args.device = str(world.device)
     if args.simulate:
         return _open_simulated(args, script_file, presets)
     if args.replicas != 1:
         raise UserError(f"--replicas {args.replicas} needs --simulate: one real machine serves as one replica")
-    return _open_real(args, script_file, presets)
+    setup = _open_real(args, script_file, presets)
+    setup.world = world
+    if world is not None:
+        setup.facts["world"] = world.size
+    return setup
 
 
 def _open_simulated(args: argparse.Namespace, script_file: str, presets: Mapping[str, Mapping]) -> Setup:
@@ -213,7 +230,11 @@ def read_requests(
 # --- one run ---------------------------------------------------------------------------------------------------------
 def serve(policy: Policy, setup: Setup, given: Sequence[InputRequest], args: argparse.Namespace) -> Run:
     """Serve the set once by one policy."""
-    requests = [Request(r, i, eos_token_ids=setup.eos_token_ids) for i, r in enumerate(given)]
+    numbered = list(enumerate(given))
+    if setup.world is not None:
+        numbered = data_parallel.share(numbered, setup.world)
+        setup.world.barrier()  # the ranks' clocks start together
+    requests = [Request(r, i, eos_token_ids=setup.eos_token_ids) for i, r in numbered]
     progress = Progress(policy.label, len(requests))
     loops = [policy.make_loop(engine, on_step=progress) for engine in setup.engines]
     progress.begin(loops)
@@ -229,6 +250,8 @@ def serve(policy: Policy, setup: Setup, given: Sequence[InputRequest], args: arg
     if all(r.finish_reason == "refused" for r in requests):
         raise UserError(f"no request can be served; the first: {requests[0].refusal}; raise --kv-pages or take others")
     run = Run(policy, requests, loops)
+    if setup.world is not None:
+        run = data_parallel.gather(run, setup.world)
     run.summary = _summary(run, setup, args)
     return run
 
@@ -240,7 +263,8 @@ def serve_all(
     median time is the one whose rows are written; the summary has the spread. What `--resume` finds is left out."""
     todo = [policy for policy in policies if not files.has(policy)]
     if args.warmup and todo and not args.simulate:
-        few = [replace(r, output_len=min(4, r.output_len), arrival_time=0.0) for r in given[:2]]
+        count = 2 * (setup.world.size if setup.world else 1)
+        few = [replace(r, output_len=min(4, r.output_len), arrival_time=0.0) for r in given[:count]]
         for policy in todo:
             serve(policy, setup, few, args)
     runs: list[list[Run]] = [[] for _ in todo]
@@ -250,7 +274,8 @@ def serve_all(
             mine.append(serve(policy, setup, given, args))
             if repeat == args.repeats - 1:
                 chosen.append(median_run(mine))
-                files.write(chosen[-1])
+                if setup.writes:
+                    files.write(chosen[-1])
     return chosen
 
 

@@ -9,8 +9,10 @@ the roofline allows for the steps of each policy, the distribution of latencies,
 
     python assignment4/Section1/continous_main.py
     python assignment4/Section1/continous_main.py --simulate h200:llama3-8b --requests mix --req-batch-size 128
+    torchrun --nproc-per-node 2 assignment4/Section1/continous_main.py        each process serves half of the requests
 """
 
+import contextlib
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from assignment4.Section1.continous_scheduler import NaiveScheduler, Scheduler
-from common import cli, results
+from common import cli, distributed, results
 from common import serving_experiment as experiment
 from common.serving_files import SLOT_COLUMNS, SUMMARY_COLUMNS, Files, Policy
 from common.serving_peers import compare
@@ -39,7 +41,14 @@ SHOWN_COLUMNS = (
 
 
 def main(args):
-    setup = experiment.prepare(args, __file__, PRESETS)
+    if not distributed.is_rank():
+        return run(args)
+    with distributed.open_world(args) as world:  # torchrun: each rank serves a share on a model of its own
+        run(args, world)
+
+
+def run(args, world=None):
+    setup = experiment.prepare(args, __file__, PRESETS, world)
     requests = experiment.read_requests(args, setup, REQUESTS, SET_SHAPES)
     slots = args.req_batch_size
     policies = [
@@ -50,9 +59,11 @@ def main(args):
     record = setup.facts
     files = Files(setup.out, "continous", setup.suffix, record, resume=args.resume, compare=bool(args.compare))
     runs = []
-    with cli.keep_partial(args):
+    # Several ranks cannot stop at different places and go on: there, Ctrl-C ends them all.
+    with cli.keep_partial(args) if world is None else contextlib.nullcontext():
         runs = experiment.serve_all(policies, setup, requests, args, files)
-        compare(args, setup, requests, files)
+        if setup.writes:
+            compare(args, setup, requests, files)
     files.close()
     if not files.summary.rows:
         return

@@ -295,3 +295,10 @@ def test_gpu_facts_are_what_nvidia_smi_prints(tmp_path, monkeypatch):
     record = results.provenance(argparse.Namespace(), device="cuda:0")
     assert (record["device_name"], record["driver"], record["power_limit_w"]) == ("NVIDIA H200", "570.1", 700.0)
     assert record["clocks"] == {"sm_mhz": 1980, "mem_mhz": 3201, "max_sm_mhz": 1980, "max_mem_mhz": None}
+
+
+def test_a_script_is_named_from_the_clones_root():
+    """Results are committed: the folder of somebody's clone must not be in them."""
+    root = Path(results.__file__).resolve().parents[1]
+    assert results._quoted(str(root / "assignment2" / "no_kv.py")) == "assignment2/no_kv.py"
+    assert results._quoted("/elsewhere/no_kv.py") == "/elsewhere/no_kv.py"
