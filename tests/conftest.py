@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import zlib
 
 # One thread a process: the tests run in two processes on two cores, and threads that wait for each other spin. Scripts
 # that tests start inherit it. It counts only before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A job that a shell starts in the background ignores Ctrl-C, and so would every script that the tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
