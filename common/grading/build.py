@@ -1,5 +1,6 @@
 """Compiles a learner's file with its harness: with g++ (or clang++) against the emulation, or with nvcc."""
 
+import difflib
 import hashlib
 import os
 import re
@@ -98,6 +99,7 @@ _UNKNOWN = re.compile(
     r"|has no member named ['‘](?P<b>\w+)['’]|(?P<c>[\w/.]+\.(?:h|cuh|hpp)): No such file"
     r"|use of undeclared identifier '(?P<d>[\w:]+)'|['\"](?P<e>[\w/.]+)['\"] file not found"
 )
+TYPO_RATIO = 0.85  # cudaMalocc is cudaMalloc misspelt (0.9), cudaArray_t is no cudaError_t (0.73)
 _CUDA_NAME = re.compile(
     r"^(cuda[A-Z_]|__[a-z]|cg$|cooperative_groups|atomic[A-Z]|make_|tex|surf|(u?(char|short|int|long|longlong)|float|double|half)\d)"
 )
@@ -107,9 +109,12 @@ def _lacking_name(stderr: str) -> str | None:
     """The CUDA name that the emulation's headers do not know, if that is what the first error is about."""
     first = next((line for line in stderr.splitlines() if re.search(r"\berror\b", line)), "")
     match = _UNKNOWN.search(first)
-    if match is None or "did you mean" in first:
+    if match is None:
         return None
     name = next(group for group in match.groups() if group)
+    suggested = re.search(r"did you mean ['‘](\w+)['’]", first)
+    if suggested and difflib.SequenceMatcher(None, name, suggested[1]).ratio() > TYPO_RATIO:
+        return None
     return (
         name if match["c"] or match["e"] or _CUDA_NAME.match(name.split("::")[-1]) or _CUDA_NAME.match(name) else None
     )
