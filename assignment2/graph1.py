@@ -93,14 +93,13 @@ def draw_floor(ax, folder, lengths):
     """
     from common.plots import CEILING_COLOUR
     from common.results import read_json
+    from common.roofline import Ceilings
 
     record = next(filter(None, (read_json(folder / Path(f).with_suffix(".json")) for f in (CACHED, NO_KV))), None)
     if record is None or "weight_bytes" not in record:
         return
-    ceilings, prompt = record["ceilings"], record["options"]["input_length"]
-    speed = ceilings["read_gb_per_s"]
-    if ceilings["device_type"] == "cpu":
-        speed = max(speed, ceilings["copy_gb_per_s"])
+    prompt = record["options"]["input_length"]
+    speed = Ceilings(**record["ceilings"]).memory_gb_per_s()
     floor = [
         (n - 1) * (record["weight_bytes"] + record["kv_bytes_per_token"] * (prompt + n / 2)) / (speed * 1e9)
         for n in lengths

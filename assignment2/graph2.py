@@ -63,11 +63,9 @@ def draw(folder):
 def draw_floor(left, right, rows, record):
     """Decoding at the read ceiling: every step reads the weights once, and each row's K and V so far."""
     from common.plots import CEILING_COLOUR
+    from common.roofline import Ceilings
 
-    ceilings = record["ceilings"]
-    speed = ceilings["read_gb_per_s"]
-    if ceilings["device_type"] == "cpu":
-        speed = max(speed, ceilings["copy_gb_per_s"])
+    speed = Ceilings(**record["ceilings"]).memory_gb_per_s()
     rows = sorted(rows, key=lambda r: r["batch_size"])
     floor = []
     for row in rows:

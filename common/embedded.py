@@ -122,8 +122,3 @@ def write_hf_folder(folder: Path, config: dict, tensors: dict, tokenizer_json: s
     (folder / "tokenizer.json").write_text(tokenizer_json)
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def remove() -> None:
-    """Delete the converted model; the next use makes it again."""
-    shutil.rmtree(cache_dir() / f"smollm2-135m-instruct-{CONVERSION}", ignore_errors=True)

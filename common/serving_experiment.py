@@ -4,7 +4,6 @@ The experiment itself (which policies, what is compared, what is drawn) stands i
 """
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -321,25 +320,6 @@ def check_same_tokens(setup: Setup, runs: Sequence[Run]) -> None:
             raise CheckFailed(f"{what}: other tokens")
 
 
-def dump_tokens(path: str, run: Run) -> None:
-    lines = [
-        json.dumps(
-            {
-                "request": r.request_id,
-                "prompt_token_ids": r.prompt_token_ids,
-                "output_token_ids": r.output_token_ids,
-                "finish_reason": r.finish_reason,
-            }
-        )
-        for r in run.requests
-    ]
-    try:
-        results.write_atomic(Path(path), ("\n".join(lines) + "\n").encode())
-    except OSError as error:
-        raise UserError(f"--dump-tokens {path}: {error.strerror}") from None
-    cli.print_written(path)
-
-
 def say_refused(run: Run) -> None:
     refused = [r for r in run.requests if r.finish_reason == "refused"]
     for request in refused[:3]:
@@ -356,7 +336,9 @@ def report(args: argparse.Namespace, setup: Setup, files: Files, runs: Sequence[
     if runs:
         say_refused(runs[-1])
         if args.dump_tokens:
-            dump_tokens(args.dump_tokens, runs[-1])
+            from common.text_run import dump_requests
+
+            dump_requests(args.dump_tokens, runs[-1].requests)
 
 
 def check(setup: Setup, files: Files, runs: Sequence[Run]) -> None:
