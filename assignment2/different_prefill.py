@@ -66,8 +66,8 @@ def draw_lengths(count, mean, seed):
 def main(args):
     from graph2 import draw
 
-    from common import batch_sweep, experiment, text_run
     from common.padded import generate_padded
+    from common.scripts import batch_sweep, experiment, text_run
 
     typed_prompts = cli.typed_prompts(args)
     exp = experiment.prepare(args, __file__, PRESETS)

@@ -51,8 +51,8 @@ def generate(model, prompt, stop, times):
 def main(args):
     from graph1 import draw
 
-    from common import experiment, text_run
-    from common.length_sweep import measure_lengths
+    from common.scripts import experiment, text_run
+    from common.scripts.length_sweep import measure_lengths
 
     prompts = cli.typed_prompts(args)
     exp = experiment.prepare(args, __file__, PRESETS)

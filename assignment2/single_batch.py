@@ -70,8 +70,8 @@ def check_against_no_kv(exp, sweep):
 def main(args):
     from graph1 import draw
 
-    from common import experiment, text_run
-    from common.length_sweep import measure_lengths
+    from common.scripts import experiment, text_run
+    from common.scripts.length_sweep import measure_lengths
 
     prompts = cli.typed_prompts(args)
     exp = experiment.prepare(args, __file__, PRESETS)

@@ -59,8 +59,8 @@ def generate(model, prompts, stop, times):
 def main(args):
     from graph2 import draw
 
-    from common import batch_sweep, experiment, text_run
     from common.padded import generate_padded
+    from common.scripts import batch_sweep, experiment, text_run
 
     typed_prompts = cli.typed_prompts(args)
     exp = experiment.prepare(args, __file__, PRESETS)

@@ -51,7 +51,8 @@ class Shard:
     """The part of every weight that one rank holds, as half-open ranges; `Shard.whole` is one device.
 
     Query heads, KV heads, feed-forward columns and vocabulary rows are split; norms and the embedding are not.
-    common/sharding.py has the rules. group: the `common.collectives.TensorParallel` that sums and gathers, or None.
+    common/tensor_parallel/sharding.py has the rules. group: the `common.tensor_parallel.collectives.TensorParallel`
+    that sums and gathers, or None.
     """
 
     q_heads: range

@@ -3,7 +3,7 @@
 `launch(chunks)` takes pages, sends the step's index arrays, enqueues forward pass and sampling, and returns without
 waiting; `Step.tokens()` waits. The tokens that a step samples stay on the device, in a line per request, where the next
 step's decodes take them from: so a scheduler launches step k + 1 before it reads step k. Steps of decodes alone run in
-CUDA graphs on a GPU (common/decode_graphs.py). The schedulers and the plain loop of the pipeline script drive it
+CUDA graphs on a GPU (common/paged/graphs.py). The schedulers and the plain loop of the pipeline script drive it
 through `common.serving.StepEngine`.
 """
 
@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from common.attention import Attend
-from common.decode_graphs import DecodeGraphs
 from common.errors import UserError
 from common.kv_cache import DistKVPool
 from common.llama import Llama
 from common.memory import free_bytes, human_bytes
-from common.paged_backends import Backend, make_attend, pick_backend, reserve_memory
-from common.paged_batch import DeviceBatch, HostBatch, Upload
+from common.paged.backends import Backend, make_attend, pick_backend, reserve_memory
+from common.paged.batch import DeviceBatch, HostBatch, Upload
+from common.paged.graphs import DecodeGraphs
 from common.pages import pages_for
 from common.sampling import sample
 from common.serving import Chunk, Request, release_pages, reserve_pages

@@ -22,7 +22,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import attention_options, cli
+from common import cli
+from common.attention_bench import options as attention_options
 
 COLUMNS = ("config", "backend", "kv_len", "batch", "page_size", "time_us", "gb_per_s", "percent_of_peak")
 POWERS = [2**e for e in range(16)]
@@ -47,8 +48,9 @@ def lengths(kv_len, batch, ragged, seed):
 
 
 def main(args):
-    from common import attention_bench, attention_sweep
-    from common.attention_backends.base import DecodeCase
+    from common.attention_bench import measure as attention_bench
+    from common.attention_bench import sweep as attention_sweep
+    from common.attention_bench.backends.base import DecodeCase
 
     bench = attention_bench.prepare(args, __file__, PRESETS, "decode")
 

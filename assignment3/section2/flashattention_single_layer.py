@@ -20,7 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import attention_options, cli
+from common import cli
+from common.attention_bench import options as attention_options
 
 COLUMNS = ("config", "backend", "seq_len", "batch", "time_us", "tflops", "percent_of_peak")
 POWERS = [2**e for e in range(15)]
@@ -33,8 +34,9 @@ PRESETS = {
 
 
 def main(args):
-    from common import attention_bench, attention_sweep
-    from common.attention_backends.base import PrefillCase
+    from common.attention_bench import measure as attention_bench
+    from common.attention_bench import sweep as attention_sweep
+    from common.attention_bench.backends.base import PrefillCase
 
     bench = attention_bench.prepare(args, __file__, PRESETS, "prefill")
 

@@ -25,7 +25,7 @@ from common.serving import Chunk, InputRequest, Request, Work
 
 if TYPE_CHECKING:  # `__getattr__` below imports these two when they are asked for, so that --help needs no torch
     from common.kv_cache import DistKVPool
-    from common.paged_batch import build_kv_metadata
+    from common.paged.batch import build_kv_metadata
 
 __all__ = ["DistKVCache", "DistKVPool", "Engine", "Request", "build_kv_metadata"]
 
@@ -166,7 +166,7 @@ def __getattr__(name):
 
         return DistKVPool
     if name == "build_kv_metadata":
-        from common.paged_batch import build_kv_metadata
+        from common.paged.batch import build_kv_metadata
 
         return build_kv_metadata
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -175,8 +175,8 @@ def __getattr__(name):
 # --- the script ------------------------------------------------------------------------------------------------------
 def complete(exp, engine, texts):
     """Answer `texts` together; print the completions, the speeds and the pages. Returns the requests."""
-    from common import text_run
-    from common.text_stream import TextStream
+    from common.scripts import text_run
+    from common.scripts.text_stream import TextStream
 
     args, tokenizer = exp.args, exp.tokenizer
     given = []
@@ -231,7 +231,7 @@ def check(exp, requests, tokens=3, rows=3):
 
 
 def main(args):
-    from common import breakdown, experiment, pipeline_plots, pipeline_sweeps
+    from common.scripts import breakdown, experiment, pipeline_plots, pipeline_sweeps
 
     exp = experiment.prepare(args, __file__, PRESETS)
     engine = Engine(

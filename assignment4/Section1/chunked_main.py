@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from assignment4.Section1.chunked_scheduler import Scheduler as ChunkedScheduler
 from assignment4.Section1.continous_scheduler import Scheduler as ContinuousScheduler
-from common import cli, request_sets, results
-from common import serving_experiment as experiment
-from common.serving_files import ITERATION_COLUMNS, REQUEST_COLUMNS, SUMMARY_COLUMNS, Files, Policy
-from common.serving_peers import compare
+from common import cli, results
+from common.batching import experiment, request_sets
+from common.batching.files import ITERATION_COLUMNS, REQUEST_COLUMNS, SUMMARY_COLUMNS, Files, Policy
+from common.batching.peers import compare
 
 PRESETS = {
     "quick": {"req_batch_size": 3, "token_batch_size": 16, "budgets": [8, 32], "repeats": 1},

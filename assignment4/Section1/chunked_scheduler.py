@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from assignment4.Section1.chunked_engine import decode_chunks, next_piece
 from assignment4.Section1.continous_scheduler import at_least_one
+from common.batching.step_loop import StepLoop
 from common.pages import pages_for
 from common.serving import Chunk, StepEngine
-from common.step_loop import StepLoop
 
 
 class Scheduler(StepLoop):

@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from assignment4.Section1.continous_scheduler import NaiveScheduler, Scheduler
 from common import cli, distributed, results
-from common import serving_experiment as experiment
-from common.serving_files import SLOT_COLUMNS, SUMMARY_COLUMNS, Files, Policy
-from common.serving_peers import compare
+from common.batching import experiment
+from common.batching.files import SLOT_COLUMNS, SUMMARY_COLUMNS, Files, Policy
+from common.batching.peers import compare
 
 PRESETS = {
     "quick": {"req_batch_size": 3, "repeats": 1},

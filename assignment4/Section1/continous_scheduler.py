@@ -17,10 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from assignment4.Section1.continous_engine import leading_prompts, whole_prompts
+from common.batching.step_loop import MAX_PROMPT_TOKENS, StepLoop
 from common.errors import UserError
 from common.pages import pages_for
 from common.serving import Chunk, Request, StepEngine
-from common.step_loop import MAX_PROMPT_TOKENS, StepLoop
 
 
 class Scheduler(StepLoop):

@@ -62,7 +62,8 @@ def profile(args, world):
     """What every rank does; rank 0 alone writes and prints."""
     import torch
 
-    from common import allreduce_profile, results
+    from common import results
+    from common.allreduce import profile as allreduce_profile
 
     options = {f"--{n.replace('_', '-')}": v for n, v in vars(args).items() if n not in ("out", "debug", "no_plot")}
     world.require_same("option", options)
@@ -97,7 +98,7 @@ def profile(args, world):
 
 def measure(args, world, file, variant, batch_size, num_bytes, dtype):
     """One point of one algorithm: checked, timed, written."""
-    from common.allreduce_profile import check_sum
+    from common.allreduce.profile import check_sum
 
     key = {"backend": variant.backend, "algorithm": variant.algorithm, "batch_size": batch_size, "bytes": num_bytes}
     if not variant.takes(num_bytes) or world.broadcast(file is not None and file.has(**key)):
@@ -126,14 +127,14 @@ def finish(args, file):
     print(conclusion(file.rows))
     cli.print_written(file.path, file.json_path)
     if not args.no_plot:
-        from common.allreduce_plot import draw
+        from common.allreduce.plot import draw
 
         cli.print_written(draw(file.path))
 
 
 def conclusion(rows):
     """The fit of each algorithm, and the size from which bandwidth counts more than latency."""
-    from common.allreduce_plot import fit, series
+    from common.allreduce.plot import fit, series
 
     parts = []
     for name, points in series(rows).items():

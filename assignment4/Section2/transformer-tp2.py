@@ -3,7 +3,7 @@
 Tensor parallelism: every rank holds a part of every weight matrix (whole KV groups of qkv, a part of gate_up's columns,
 the matching columns of o_proj and down_proj, some vocabulary rows of the head) and reads only that part from the
 checkpoint. Two products a layer leave partial sums, which an all-reduce adds up; the decoder is the same as on one
-device. The rules are in common/sharding.py, the sums in common/collectives.py.
+device. The rules are in common/tensor_parallel/sharding.py, the sums in common/tensor_parallel/collectives.py.
 
 Method: started plainly it first runs transformer-w3l1.py (left out with --skip-reference), then itself as --world
 processes through torch's launcher; `torchrun --nproc-per-node N` works too. The tokens must be those of one device. The
@@ -72,10 +72,13 @@ def reference_options(args):
 
 def run(args, world):
     """What every rank does; rank 0 alone writes and prints."""
-    from common import checkpoint, collectives, text_run, tp_experiment
-    from common.allreduce_timing import choose_algorithms
+    from common import checkpoint
+    from common.allreduce.timing import choose_algorithms
     from common.results import ResultFile
-    from common.sharding import shard_of
+    from common.scripts import text_run
+    from common.tensor_parallel import collectives
+    from common.tensor_parallel import experiment as tp_experiment
+    from common.tensor_parallel.sharding import shard_of
 
     options = {f"--{n.replace('_', '-')}": v for n, v in vars(args).items() if n not in OWN_OPTIONS}
     world.require_same("option", options)
@@ -115,7 +118,7 @@ def run(args, world):
 
 def describe_ranks(world, config, model):
     """A table of what each rank holds and has read; the same list on every rank."""
-    from common.sharding import shard_of
+    from common.tensor_parallel.sharding import shard_of
 
     parts = []
     for rank, bytes_read in enumerate(world.exchange(model.bytes_read)):
@@ -148,8 +151,8 @@ def collective_columns(world, ranks, config, one_device_us):
     """
     import torch
 
-    from common.allreduce_timing import time_in_graph
-    from common.tp_experiment import rows_of
+    from common.allreduce.timing import time_in_graph
+    from common.tensor_parallel.experiment import rows_of
 
     def columns(batch_size, step_s, all_reduce_s):
         rows = rows_of(batch_size, world.device.type)
@@ -172,7 +175,7 @@ def collective_columns(world, ranks, config, one_device_us):
 def check_tokens(exp, tokens, expected):
     """Compare with one device's tokens; all ranks together, since a difference is judged by running the model."""
     from common.equality import require_equal
-    from common.tp_experiment import prompts_of
+    from common.tensor_parallel.experiment import prompts_of
 
     verdicts = []
     for batch_size, rows in tokens.items():
@@ -183,7 +186,7 @@ def check_tokens(exp, tokens, expected):
 
 
 def finish(exp, file, tokens, verdict):
-    from common import tp_experiment
+    from common.tensor_parallel import experiment as tp_experiment
 
     if not file.rows:
         raise KeyboardInterrupt
@@ -193,7 +196,7 @@ def finish(exp, file, tokens, verdict):
     tp_experiment.dump_tokens(exp, tokens)
     cli.print_written(file.path, file.json_path)
     if not exp.args.no_plot:
-        from common.tp_plot import draw
+        from common.tensor_parallel.plot import draw
 
         cli.print_written(draw(exp.out))
 
@@ -218,7 +221,7 @@ def conclusion(rows, device_type):
 
 if __name__ == "__main__":
     from common.distributed import add_options
-    from common.tp_options import SWEEPS
+    from common.tensor_parallel.options import SWEEPS
 
     parser = cli.build_parser(__doc__, sweeps=SWEEPS, text=True)
     add_options(parser)

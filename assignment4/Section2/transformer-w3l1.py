@@ -23,8 +23,10 @@ NAME = "transformer_w3l1"
 
 
 def main(args):
-    from common import checkpoint, text_run, tp_experiment
+    from common import checkpoint
     from common.results import ResultFile
+    from common.scripts import text_run
+    from common.tensor_parallel import experiment as tp_experiment
 
     out = cli.output_dir(args, __file__)
     loaded = tp_experiment.prepare(args, out, checkpoint.pick_device(args.device))
@@ -63,6 +65,6 @@ def conclusion(loaded, rows):
 
 
 if __name__ == "__main__":
-    from common.tp_options import SWEEPS
+    from common.tensor_parallel.options import SWEEPS
 
     cli.run(main, cli.build_parser(__doc__, sweeps=SWEEPS, text=True))

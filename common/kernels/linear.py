@@ -21,7 +21,7 @@ from common.kernels.silu_mul import silu_mul
 from common.kernels.small_gemm import small_gemm, small_gemm_pays
 
 if TYPE_CHECKING:
-    from common.collectives import TensorParallel
+    from common.tensor_parallel.collectives import TensorParallel
 
 # oneDNN chooses the block layout for this many rows; measured, 32 serves 1 row and 512 rows alike.
 PACK_ROWS = 32
@@ -44,7 +44,8 @@ class Linear:
     """A weight [out, in] and how to multiply with it. There are no biases in a Llama.
 
     `group`: the ranks over which this product's input columns are split (tensor parallelism, row split; a
-    `common.collectives.TensorParallel`), or None. `linear_add` sums over it; nothing else of the decoder knows.
+    `common.tensor_parallel.collectives.TensorParallel`), or None. `linear_add` sums over it; nothing else of the
+    decoder knows.
     """
 
     def __init__(self, weight: torch.Tensor, *, prepack: bool = True, group: TensorParallel | None = None) -> None:

@@ -206,7 +206,7 @@ def test_the_undamaged_checkpoint_runs(in_process, checkpoint, tmp_path):
 
 def test_a_batch_that_does_not_fit_in_memory(in_process, tmp_path, monkeypatch):
     """Typed: refused, with what fits. The preset's: clipped, and said."""
-    from common import batch_sweep
+    from common.scripts import batch_sweep
 
     per_row = 20 * SHAPES["tiny"].kv_bytes_per_token(4)
     monkeypatch.setattr(batch_sweep, "free_bytes", lambda device: int(3.5 * per_row))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from assignment4.Section1 import chunked_engine, chunked_scheduler, continous_scheduler
-from common import request_sets
+from common.batching import request_sets
 from common.errors import UserError
 from common.pages import pages_for
 from common.serving import InputRequest, InstantEngine, Request

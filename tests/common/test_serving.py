@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_TORCH = [
     "common.pages",
     "common.serving",
-    "common.request_sets",
-    "common.serving_metrics",
-    "common.step_loop",
+    "common.batching.request_sets",
+    "common.batching.metrics",
+    "common.batching.step_loop",
     "common.simulate",
     "assignment4.Section1.continous_scheduler",
     "assignment4.Section1.chunked_scheduler",

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import attention_backends, attention_bench
-from common.attention_backends.base import DecodeCase, PrefillCase
-from common.attention_backends.reference import TOLERANCE, reference, relative_error
-from common.attention_options import Heads
+from common.attention_bench import backends as attention_backends
+from common.attention_bench import measure as attention_bench
+from common.attention_bench.backends.base import DecodeCase, PrefillCase
+from common.attention_bench.backends.reference import TOLERANCE, reference, relative_error
+from common.attention_bench.options import Heads
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA = torch.device("cuda")

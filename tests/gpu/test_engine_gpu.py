@@ -13,13 +13,13 @@ import torch
 
 from common.checkpoint import Shard, build
 from common.config import SHAPES, ModelConfig
-from common.decode_graphs import bucket_of
 from common.engine import Engine
 from common.equality import require_equal
 from common.errors import UserError
 from common.kv_cache import DistKVPool
-from common.paged_backends import Backend, make_attend, make_graph_decode
-from common.paged_batch import DeviceBatch, HostBatch, Upload
+from common.paged.backends import Backend, make_attend, make_graph_decode
+from common.paged.batch import DeviceBatch, HostBatch, Upload
+from common.paged.graphs import bucket_of
 from common.pages import pages_for
 from common.peers import HuggingFacePeer
 from common.serving import Chunk, InputRequest, Request, release_pages, reserve_pages

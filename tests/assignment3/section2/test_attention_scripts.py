@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from common import attention_plots, results
+from common import results
+from common.attention_bench import plots as attention_plots
 
 ROOT = Path(__file__).resolve().parents[3]
 PREFILL = ROOT / "assignment3/section2/flashattention_single_layer.py"

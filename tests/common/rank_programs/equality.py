@@ -13,14 +13,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import torch
 
-from common import checkpoint, tp_experiment
+from common import checkpoint
 from common.attention import Prefill
-from common.collectives import TensorParallel
 from common.config import ModelConfig
 from common.distributed import open_world
 from common.equality import require_equal
 from common.generation import StopRule
-from common.sharding import shard_of
+from common.tensor_parallel import experiment as tp_experiment
+from common.tensor_parallel.collectives import TensorParallel
+from common.tensor_parallel.sharding import shard_of
 from common.tensor_source import SafetensorsSource
 
 torch.set_num_threads(1)

@@ -13,11 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import torch
 
-from common import checkpoint, collectives, tp_experiment
-from common.allreduce_timing import choose_algorithms
+from common import checkpoint
+from common.allreduce.timing import choose_algorithms
 from common.distributed import open_world
 from common.generation import StopRule
-from common.sharding import shard_of
+from common.tensor_parallel import collectives
+from common.tensor_parallel import experiment as tp_experiment
+from common.tensor_parallel.sharding import shard_of
 
 
 def greedy(model):

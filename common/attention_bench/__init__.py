@@ -1,0 +1,1 @@
+"""Attention measured against the machine: backends, points, sweeps, figures."""

@@ -1,0 +1,354 @@
+"""What continous_main.py and chunked_main.py share: options, the machine under the schedulers, one run, its rows.
+
+The experiment itself (which policies, what is compared, what is drawn) stands in those scripts.
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from common import cli, results, simulate
+from common.batching import data_parallel, request_sets
+from common.batching.files import Files, Policy, Run
+from common.batching.metrics import summarise
+from common.batching.progress import Progress
+from common.batching.step_loop import MAX_PROMPT_TOKENS
+from common.config import SHAPES, ModelConfig
+from common.distributed import World
+from common.errors import CheckFailed, UserError
+from common.serving import InputRequest, Request, StepEngine
+
+BACKENDS = ("auto", "torch", "triton", "flashinfer")
+
+
+def add_options(parser: argparse.ArgumentParser, default_set: str) -> None:
+    """The options that both scripts have beside the shared ones."""
+    parser.add_argument("--requests", metavar="NAME|FILE", help=f"{request_sets.HELP} (default: {default_set})")
+    parser.add_argument("--num-requests", type=at_least_one, metavar="N", help="how many of them (default: all)")
+    parser.add_argument("--req-batch-size", type=at_least_one, metavar="N", help="requests that run at once at most")
+    parser.add_argument("--rate", type=positive_number, metavar="R", help="Poisson arrivals, R a second (else at once)")
+    parser.add_argument("--slo-ttft", type=positive_number, metavar="S", help="target for the first token, in seconds")
+    parser.add_argument("--slo-tpot", type=positive_number, metavar="S", help="target for a later token, in seconds")
+    parser.add_argument("--stop-at-eos", action="store_true", help="end at end-of-text (else by length alone)")
+    parser.add_argument("--dump-tokens", metavar="FILE", help="write the token ids of the last policy as JSON lines")
+    parser.add_argument(
+        "--page-size", type=at_least_one, metavar="N", default=16, help="tokens a KV page (default: 16)"
+    )
+    parser.add_argument("--kv-pages", type=at_least_one, metavar="N", help="KV pages (default: what memory allows)")
+    parser.add_argument("--kv-memory", type=share, metavar="F", help="or KV pages for this share of what is free")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="attention over pages (default: auto)")
+    parser.add_argument(
+        "--simulate",
+        metavar="MACHINE[:SHAPE]",
+        help="step times from a roofline: h200, cpu2 or a roofline.json, :SHAPE",
+    )
+    parser.add_argument(
+        "--replicas", type=at_least_one, metavar="N", default=1, help="simulated machines behind a router"
+    )
+
+
+def at_least_one(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) < 10**12:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def positive_number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def share(text: str) -> float:
+    value = positive_number(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share: above 0, at most 1")
+    return value
+
+
+# --- the machine -----------------------------------------------------------------------------------------------------
+@dataclass
+class Setup:
+    """What the schedulers run on. `facts` go into the provenance, `suffix` into the names of the files."""
+
+    out: Path
+    engines: list[StepEngine]
+    config: ModelConfig
+    ceiling: simulate.StepModel
+    facts: dict
+    encode: Callable[[str], list[int]]
+    dtype: str
+    device_type: str
+    eos_token_ids: tuple[int, ...] = ()
+    suffix: str = ""
+    model: object = None  # the real one, to judge tokens by and for --compare
+    world: World | None = None  # the ranks of a data parallel run, each with an engine of its own
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes files: of several ranks the first one alone."""
+        return self.world is None or self.world.is_first
+
+
+def prepare(
+    args: argparse.Namespace, script_file: str, presets: Mapping[str, Mapping], world: World | None = None
+) -> "Setup":
+    """Everything before the first measurement: a Setup with the real engine, or with simulated ones.
+
+    Presets give the sizes that were not typed; a simulation costs next to nothing and has the course's. world: the
+    ranks among which the requests are shared, if this process is one of several.
+    """
+    if world is not None:
+        data_parallel.check(args, world)
+        args.device = str(world.device)
+    if args.simulate:
+        return _open_simulated(args, script_file, presets)
+    if args.replicas != 1:
+        raise UserError(f"--replicas {args.replicas} needs --simulate: one real machine serves as one replica")
+    setup = _open_real(args, script_file, presets)
+    setup.world = world
+    if world is not None:
+        setup.facts["world"] = world.size
+    return setup
+
+
+def _open_simulated(args: argparse.Namespace, script_file: str, presets: Mapping[str, Mapping]) -> Setup:
+    machine, shape = simulate.parse(args.simulate)
+    out = cli.output_dir(args, script_file)
+    cli.apply_preset(args, presets, "cuda")
+    config = SHAPES[shape]
+    model = simulate.StepModel(machine, config)
+    engines: list[StepEngine] = [
+        simulate.SimulatedEngine(model, num_pages=args.kv_pages, page_size=args.page_size) for _ in range(args.replicas)
+    ]
+    print(
+        f"simulated: {shape} in {machine.dtype} on {machine.name} ({machine.memory_gb_per_s:,.0f} GB/s, "
+        f"{machine.tflops:g} TFLOP/s, {machine.overhead_s * 1e6:,.0f} us a step), {args.replicas} of it, "
+        f"{engines[0].num_free_pages:,} pages of {args.page_size} tokens"
+    )
+    facts = {
+        "model": shape,
+        "device": "cpu",
+        "device_name": f"simulated: {machine.name} x{args.replicas}",
+        "dtype": machine.dtype,
+        "backend": "simulated",
+        "shapes": config,
+        "machine": machine,
+        "page_size": args.page_size,
+        "kv_pages": engines[0].num_free_pages,
+    }
+    return Setup(
+        out=out,
+        engines=engines,
+        config=config,
+        ceiling=model,
+        facts=results.provenance(args, **facts),
+        # Without a tokenizer only the length of a text matters: about four characters a token.
+        encode=lambda text: [0] * max(1, len(text) // 4),
+        dtype=machine.dtype,
+        device_type="simulated",
+        suffix="_simulated",
+    )
+
+
+def _open_real(args: argparse.Namespace, script_file: str, presets: Mapping[str, Mapping]) -> Setup:
+    from common.engine import Engine
+    from common.scripts.experiment import prepare as prepare_model
+
+    ready = prepare_model(args, script_file, presets)
+    engine = Engine(
+        ready.model,
+        backend=args.backend,
+        page_size=args.page_size,
+        num_pages=args.kv_pages,
+        kv_memory=args.kv_memory,
+        max_requests=2 * args.req_batch_size,  # those of a step, and those whose last token is still to be read
+        max_step_tokens=MAX_PROMPT_TOKENS + args.req_batch_size,
+    )
+    print(engine.describe_pool())
+    machine = simulate.machine_of(ready.ceilings, ready.dtype_name)
+    facts = ready.provenance(backend=engine.backend.name, page_size=engine.page_size, kv_pages=engine.num_free_pages)
+    return Setup(
+        out=ready.out,
+        engines=[engine],
+        config=ready.model.config,
+        ceiling=simulate.StepModel(machine, ready.model.config),
+        facts=facts,
+        encode=ready.tokenizer.chat,
+        dtype=ready.dtype_name,
+        device_type=ready.model.device.type,
+        eos_token_ids=ready.tokenizer.eos_token_ids,
+        model=ready.model,
+    )
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
+def read_requests(
+    args: argparse.Namespace, setup: Setup, default_set: str, shapes: Mapping[str, Mapping]
+) -> list[InputRequest]:
+    """The one fixed set that every policy gets: what `--requests` names, whole, or the script's own in a size that the
+    preset allows (`shapes`: preset -> arguments of request_sets.load).
+
+    A text past the context is refused here, a length in a trace only by the scheduler: no trace is made for one model.
+    """
+    config = setup.config
+    shape = {} if args.requests else dict(shapes[args.preset])
+    args.requests = args.requests or default_set
+    shape["count"] = args.num_requests or shape.get("count")
+    requests = request_sets.load(args.requests, vocab_size=config.vocab_size, seed=args.seed, **shape)
+    for number, request in enumerate(requests):
+        request.ignore_eos = not args.stop_at_eos
+        if request.prompt_token_ids is None:
+            request.prompt_token_ids = setup.encode(request.input_str)
+            total = len(request.prompt_token_ids) + request.output_len
+            if total > config.max_position_embeddings:
+                raise UserError(
+                    f"--requests {args.requests}: request {number} has {len(request.prompt_token_ids)} prompt and "
+                    f"{request.output_len} output tokens, the context is {config.max_position_embeddings}: shorten it"
+                )
+    if args.rate:
+        request_sets.poisson_arrivals(requests, args.rate, seed=args.seed)
+    prompt_tokens = sum(len(r.prompt_token_ids) for r in requests)
+    output_tokens = sum(r.output_len for r in requests)
+    arrivals = f"over {max(r.arrival_time for r in requests):.3g} s" if requests[-1].arrival_time else "at once"
+    print(
+        f"requests: {args.requests}, {len(requests)} of them, {prompt_tokens:,} tokens in, {output_tokens:,} out, "
+        f"arriving {arrivals}"
+    )
+    return requests
+
+
+# --- one run ---------------------------------------------------------------------------------------------------------
+def serve(policy: Policy, setup: Setup, given: Sequence[InputRequest], args: argparse.Namespace) -> Run:
+    """Serve the set once by one policy."""
+    numbered = list(enumerate(given))
+    if setup.world is not None:
+        numbered = data_parallel.share(numbered, setup.world)
+        setup.world.barrier()  # the ranks' clocks start together
+    requests = [Request(r, i, eos_token_ids=setup.eos_token_ids) for i, r in numbered]
+    progress = Progress(policy.label, len(requests))
+    loops = [policy.make_loop(engine, on_step=progress) for engine in setup.engines]
+    progress.begin(loops)
+    try:
+        if len(loops) == 1:
+            for request in requests:
+                loops[0].add_req(request)
+            loops[0].run()
+        else:
+            simulate.serve_replicas(loops, sorted(requests, key=lambda r: r.arrival_time))
+    finally:
+        progress.close()
+    if all(r.finish_reason == "refused" for r in requests):
+        raise UserError(f"no request can be served; the first: {requests[0].refusal}; raise --kv-pages or take others")
+    run = Run(policy, requests, loops)
+    if setup.world is not None:
+        run = data_parallel.gather(run, setup.world)
+    run.summary = _summary(run, setup, args)
+    return run
+
+
+def serve_all(
+    policies: Sequence[Policy], setup: Setup, given: Sequence[InputRequest], args: argparse.Namespace, files: Files
+) -> list[Run]:
+    """Every policy `args.repeats` times, in turn, so that a machine that slows down slows all of them. The run of
+    median time is the one whose rows are written; the summary has the spread. What `--resume` finds is left out."""
+    todo = [policy for policy in policies if not files.has(policy)]
+    if args.warmup and todo and not args.simulate:
+        count = 2 * (setup.world.size if setup.world else 1)
+        few = [replace(r, output_len=min(4, r.output_len), arrival_time=0.0) for r in given[:count]]
+        for policy in todo:
+            serve(policy, setup, few, args)
+    runs: list[list[Run]] = [[] for _ in todo]
+    chosen: list[Run] = []
+    for repeat in range(args.repeats):
+        for policy, mine in zip(todo, runs):
+            mine.append(serve(policy, setup, given, args))
+            if repeat == args.repeats - 1:
+                chosen.append(median_run(mine))
+                if setup.writes:
+                    files.write(chosen[-1])
+    return chosen
+
+
+def median_run(runs: Sequence[Run]) -> Run:
+    times = [run.summary["time"] for run in runs]
+    run = runs[times.index(statistics.median_low(times))]
+    run.summary |= {"time_min": min(times), "time_max": max(times), "repeats": len(runs)}
+    return run
+
+
+def _summary(run: Run, setup: Setup, args: argparse.Namespace) -> dict:
+    iterations = [it for loop in run.loops for it in loop.iterations]
+    rows = sum(it.running for it in iterations)
+    busy_s = sum(it.time_us for it in iterations) / 1e6
+    summary = summarise(run.requests, slo_ttft=args.slo_ttft or math.inf, slo_tpot=args.slo_tpot or math.inf)
+    ceiling_s = max(sum(setup.ceiling.ceiling_s(it.work) for it in loop.iterations) for loop in run.loops)
+    ceiling = summary["output_tokens"] / ceiling_s
+    return {
+        "policy": run.policy.name, "token_budget": run.policy.token_budget, **summary,
+        # Time-weighted: rows of the steps, while steps ran.
+        "mean_running": sum(it.running * it.time_us for it in iterations) / 1e6 / busy_s,
+        "pages_peak": max(it.pages_used for it in iterations), "pages_total": run.loops[0].total_pages,
+        "iterations": len(iterations), "rows_computed": rows, "ceiling_tokens_per_s": ceiling,
+        "time_min": summary["time"], "time_max": summary["time"], "repeats": 1,
+        results.SUSPECT: int(summary["tokens_per_s"] > 1.05 * ceiling),
+    }  # fmt: skip
+
+
+# --- afterwards ------------------------------------------------------------------------------------------------------
+def check_same_tokens(setup: Setup, runs: Sequence[Run]) -> None:
+    """Whatever the schedule, a request gives the same tokens; CheckFailed if not, but for near-ties."""
+    for run in runs[1:]:
+        pairs = [(a, b) for a, b in zip(runs[0].requests, run.requests) if a.token_times]
+        what = f"{run.policy.label} against {runs[0].policy.label}"
+        prompts, expected, got = (
+            [a.prompt_token_ids for a, _ in pairs],
+            [a.output_token_ids for a, _ in pairs],
+            [b.output_token_ids for _, b in pairs],
+        )
+        if setup.model is not None:
+            from common.equality import require_equal
+
+            print(require_equal(setup.model, prompts, expected, got, what))
+        elif expected != got:
+            raise CheckFailed(f"{what}: other tokens")
+
+
+def say_refused(run: Run) -> None:
+    refused = [r for r in run.requests if r.finish_reason == "refused"]
+    for request in refused[:3]:
+        print(f"request {request.request_id} refused: {request.refusal}")
+    if len(refused) > 3:
+        print(f"... and {len(refused) - 3} more refused")
+
+
+def report(args: argparse.Namespace, setup: Setup, files: Files, runs: Sequence[Run], columns: Sequence[str]) -> None:
+    """The table, the files, what was refused, the tokens: everything but what it means."""
+    columns = [*columns, *(["engine"] if args.compare else [])]
+    cli.print_table(files.summary.rows, [c for c in columns if any(row[c] is not None for row in files.summary.rows)])
+    cli.print_written(*(file.path for file in files.all))
+    if runs:
+        say_refused(runs[-1])
+        if args.dump_tokens:
+            from common.scripts.text_run import dump_requests
+
+            dump_requests(args.dump_tokens, runs[-1].requests)
+
+
+def check(setup: Setup, files: Files, runs: Sequence[Run]) -> None:
+    """Same tokens under every policy, and no figure above the roofline of its own steps. Raises CheckFailed."""
+    check_same_tokens(setup, runs)
+    for row in files.summary.rows:
+        if row[results.SUSPECT]:
+            ceiling = row["ceiling_tokens_per_s"]
+            what = f"{row['policy']}: {row['tokens_per_s']:.4g} tokens/s, the roofline allows {ceiling:.4g}"
+            if setup.device_type == "cuda":
+                raise CheckFailed(what)
+            print(f"note: {what} (ceilings of a CPU wander)")

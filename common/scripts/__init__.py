@@ -1,0 +1,1 @@
+"""What several scripts share around their technique: setting up, sweeps, typed prompts, breakdowns."""

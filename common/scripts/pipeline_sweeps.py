@@ -1,0 +1,258 @@
+"""The three sweeps of the pipeline script: decode length in one batch, prefill length alone, batch size.
+
+What is timed is the script's own `generate_batched`, token ids in, token ids out, scheduling included; the time of a
+token is when the host has read it. MBU and MFU come from what the launched steps computed (common/step_cost.py).
+
+decode   tokens_per_s = B (n - 1) / (time of the n-th tokens - time of the first); one run passes all lengths
+prefill  tokens_per_s = prompt tokens / time to the first token
+batch    tokens_per_s = output tokens / time of the whole call
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common import cli, roofline
+from common.errors import UserError
+from common.generation import StepTimes
+from common.pages import pages_for
+from common.results import SUSPECT, ResultFile
+from common.scripts.experiment import Experiment
+from common.serving import InputRequest, Work
+from common.step_cost import Cost, step_cost, steps_cost
+from common.timing import summarise
+
+COLUMNS = (
+    "backend", "batch_size", "prompt_tokens", "output_tokens", "time", "tokens_per_s", "mbu", "mfu", "time_p10",
+    "time_p90", "prefill_time", SUSPECT,
+)  # fmt: skip
+NOT_PRINTED = {"time_p10", "time_p90"}  # they would make the table too wide
+KEY = ("backend", "batch_size", "prompt_tokens", "output_tokens")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call: when each step's tokens were there (`stamps`, seconds from the call), and what the steps cost."""
+
+    stamps: list[float]
+    prefill: Cost  # up to the first tokens
+    decodes: list[Cost]  # of each later token
+
+    @classmethod
+    def of(cls, exp: Experiment, stamps: list[float], works: Sequence[Work]) -> Run:
+        config, size = exp.model.config, exp.model.dtype.itemsize
+        prefill = steps_cost(config, size, (work for work in works if not work.decode_tokens))
+        return cls(stamps, prefill, [step_cost(config, size, work) for work in works if work.decode_tokens])
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What a row states: `tokens` were computed in `seconds`, at `cost`."""
+
+    tokens: int
+    seconds: float
+    cost: Cost
+
+
+def _decode_figure(runs: Sequence[Run], batch: int, prompt: int, n: int) -> Figure:
+    seconds = summarise([run.stamps[n - 1] - run.stamps[0] for run in runs]).median_s
+    return Figure(batch * (n - 1), seconds, sum(runs[0].decodes[: n - 1], Cost()))
+
+
+def _prefill_figure(runs: Sequence[Run], batch: int, prompt: int, n: int) -> Figure:
+    return Figure(batch * prompt, summarise([run.stamps[0] for run in runs]).median_s, runs[0].prefill)
+
+
+def _batch_figure(runs: Sequence[Run], batch: int, prompt: int, n: int) -> Figure:
+    seconds = summarise([run.stamps[n - 1] for run in runs]).median_s
+    return Figure(batch * n, seconds, sum(runs[0].decodes, runs[0].prefill))
+
+
+class Sweeps:
+    """The three sweeps over the script's Engine and the peers of --compare."""
+
+    def __init__(self, exp: Experiment, engine: Any) -> None:
+        self.exp, self.engine, self.args = exp, engine, exp.args
+        self.ceilings = exp.ceilings
+        self.peer = None
+        if "hf" in exp.args.compare:
+            from common.peers import HuggingFacePeer
+
+            self.peer = HuggingFacePeer(exp.model)
+        self.names = ("ours", "hf") if self.peer else ("ours",)
+
+    def measure(self) -> list[ResultFile]:
+        """The files that have rows; a sweep that Ctrl-C ended is the last."""
+        files = []
+        for sweep in (self.decode, self.prefill, self.batch):
+            if not self.args.interrupted:
+                files.append(sweep())
+        if not any(file.rows for file in files):
+            raise KeyboardInterrupt
+        return [file for file in files if file.rows]
+
+    def decode(self) -> ResultFile:
+        args, prompt = self.args, self.args.input_length
+        if min(args.output_lengths) < 2:
+            raise UserError("--output-lengths: decoding begins at the second token; give lengths of at least 2")
+        room = self.exp.model.config.max_position_embeddings - prompt
+        what = f"what the context leaves after {prompt} prompt tokens:"
+        lengths = cli.clip_sweep(args.output_lengths, room, typed="output_lengths" in self.exp.typed, what=what)
+        batch = min(args.decode_batch, self._requests_that_fit(prompt + lengths[-1] - 1))
+        if batch < args.decode_batch:
+            print(f"decode sweep: a batch of {batch} instead of {args.decode_batch}: the pool holds no more")
+        with self._file("pipeline_decode") as file, cli.keep_partial(args):
+            self._rows(file, batch, prompt, lengths, _decode_figure)
+        return file
+
+    def prefill(self) -> ResultFile:
+        args, pool = self.args, self.engine.pool
+        limit = min(self.exp.model.config.max_position_embeddings - 1, pool.capacity * pool.page_size)
+        typed = "seq_lens" in self.exp.typed
+        lengths = cli.clip_sweep(args.seq_lens, limit, typed=typed, what="what context and pool hold:")
+        with self._file("pipeline_prefill") as file, cli.keep_partial(args):
+            for prompt in lengths:
+                self._rows(file, 1, prompt, [1], _prefill_figure)
+        return file
+
+    def batch(self) -> ResultFile:
+        args, tokens = self.args, self.args.batch_tokens
+        limit = min(self._requests_that_fit(2 * tokens - 1), self.engine.steps.max_requests)
+        typed = "batch_sizes" in self.exp.typed
+        sizes = cli.clip_sweep(args.batch_sizes, limit, typed=typed, what="what the pool of pages holds:")
+        with self._file("pipeline_batch") as file, cli.keep_partial(args):
+            for size in sizes:
+                self._rows(file, size, tokens, [tokens], _batch_figure)
+        return file
+
+    def _requests_that_fit(self, tokens: int) -> int:
+        return max(self.engine.pool.capacity // pages_for(tokens, self.engine.pool.page_size), 1)
+
+    # --- running -----------------------------------------------------------------------------------------------------
+    def _run(self, name: str, prompts: Sequence[Sequence[int]], output_len: int) -> Run:
+        if name == "ours":
+            requests = self.engine.generate_batched([InputRequest("", output_len, prompt) for prompt in prompts])
+            stamps = [max(times) for times in zip(*(r.token_times for r in requests))]
+            return Run.of(self.exp, stamps, self.engine.works)
+        times = StepTimes(self.exp.model.device)
+        self.peer.generate(prompts, output_len, times=times)
+        stamps = [times.until(i + 1) for i in range(output_len)]
+        return Run.of(self.exp, stamps, equal_works(len(prompts), len(prompts[0]), output_len))
+
+    def _repeat(self, name: str, batch: int, prompt: int, output_len: int, count: int) -> list[Run]:
+        prompts = [self.exp.tokenizer.prompt_of_length(prompt, 31 * row) for row in range(batch)]
+        return [self._run(name, prompts, output_len) for _ in range(count)]
+
+    def _rows(
+        self,
+        file: ResultFile,
+        batch: int,
+        prompt: int,
+        lengths: Sequence[int],
+        figure: Callable[[Sequence[Run], int, int, int], Figure],
+    ) -> None:
+        """Measure one batch with each engine in turn, up to its longest output; a row for each length on the way."""
+        wanted = {name: [n for n in lengths if not file.has(**self._keys(file, name, batch, prompt, n))]
+                  for name in self.names}  # fmt: skip
+        runs: dict[str, list[Run]] = {name: [] for name in self.names if wanted[name]}
+        for name in runs:
+            self._repeat(name, batch, prompt, min(max(wanted[name]), 4), self.args.warmup)
+        for _ in range(self.args.repeats):
+            for name in runs:
+                runs[name] += self._repeat(name, batch, prompt, max(wanted[name]), 1)
+        for n in lengths:
+            for name in runs:
+                if n in wanted[name]:
+                    self._append(file, name, runs[name], batch, prompt, n, figure)
+
+    # --- rows --------------------------------------------------------------------------------------------------------
+    def _file(self, name: str) -> ResultFile:
+        columns, key = (COLUMNS, KEY) if len(self.names) == 1 else ((*COLUMNS, "engine"), (*KEY, "engine"))
+        steps = self.engine.steps
+        facts = {"backend": steps.backend.name, "page_size": steps.page_size, "kv_pages": steps.pool.capacity}
+        record = self.exp.provenance(**facts, ignore_eos=True)
+        return ResultFile(self.exp.out, name, columns, record, key=key, resume=self.args.resume)
+
+    def _keys(self, file: ResultFile, name: str, batch: int, prompt: int, n: int) -> dict[str, Any]:
+        backend = self.engine.steps.backend.name if name == "ours" else "sdpa"
+        keys = {"backend": backend, "batch_size": batch, "prompt_tokens": batch * prompt, "output_tokens": batch * n}
+        return keys | ({"engine": name} if "engine" in file.columns else {})
+
+    def _append(
+        self,
+        file: ResultFile,
+        name: str,
+        runs: list[Run],
+        batch: int,
+        prompt: int,
+        n: int,
+        figure: Callable[[Sequence[Run], int, int, int], Figure],
+    ) -> None:
+        measured_again = False
+
+        def rate() -> float:
+            nonlocal runs, measured_again
+            if measured_again:
+                runs = self._repeat(name, batch, prompt, n, self.args.repeats)
+            measured_again = True
+            return 1 / figure(runs, batch, prompt, n).seconds
+
+        dtype, cost = self.exp.dtype_name, figure(runs, batch, prompt, n).cost
+        device = self.exp.model.device
+        _, self.ceilings, suspect = roofline.gate(
+            rate, lambda c: 1 / cost.seconds(c, dtype), self.ceilings, device, self.exp.model.dtype
+        )
+        found = figure(runs, batch, prompt, n)
+        mbu, mfu = found.cost.shares(found.seconds, self.ceilings, dtype)
+        total = summarise([run.stamps[n - 1] for run in runs])
+        file.append(
+            **self._keys(file, name, batch, prompt, n),
+            time=total.median_s,
+            tokens_per_s=found.tokens / found.seconds,
+            mbu=mbu,
+            mfu=mfu,
+            time_p10=total.p10_s,
+            time_p90=total.p90_s,
+            prefill_time=summarise([run.stamps[0] for run in runs]).median_s,
+            suspect=int(suspect),
+        )
+
+
+def equal_works(batch: int, prompt: int, output_len: int) -> list[Work]:
+    """What a batch of equal prompts needs at least: one step for the prompts, one for each later token."""
+    works = [Work(batch * prompt, 0, batch, 0, batch * prompt * (prompt + 1) // 2)]
+    for step in range(1, output_len):
+        works.append(Work(0, batch, batch, batch * (prompt + step), 0))
+    return works
+
+
+def report_suspects(exp: Experiment, files: Sequence[ResultFile]) -> None:
+    """After all is written: CheckFailed on CUDA, a note on a CPU, if any row stands above its ceiling."""
+    roofline.report_suspects([row for file in files for row in file.rows], exp.model.device.type)
+
+
+def conclusion(exp: Experiment, files: Sequence[ResultFile]) -> str:
+    """What the rows say, in words."""
+    rows = {file.path.stem: [r for r in file.rows if r.get("engine", "ours") == "ours"] for file in files}
+    texts = []
+    if rows.get("pipeline_decode"):
+        last = rows["pipeline_decode"][-1]
+        texts.append(
+            f"decoding {last['batch_size']} requests together gave {last['tokens_per_s']:.4g} tokens/s, "
+            f"{last['mbu']:.0%} of the memory bandwidth"
+        )
+    if rows.get("pipeline_prefill"):
+        best = max(rows["pipeline_prefill"], key=lambda r: r["tokens_per_s"])
+        texts.append(
+            f"prefill reached {best['tokens_per_s']:.4g} tokens/s at {best['prompt_tokens']} tokens, "
+            f"{best['mfu']:.0%} of the compute ceiling"
+        )
+    if rows.get("pipeline_batch"):
+        first, last = rows["pipeline_batch"][0], rows["pipeline_batch"][-1]
+        texts.append(
+            f"{last['batch_size']} requests at once gave {last['tokens_per_s'] / first['tokens_per_s']:.3g} times the "
+            f"tokens/s of {first['batch_size']}"
+        )
+    return "; ".join(texts) + "."

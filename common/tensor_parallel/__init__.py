@@ -1,0 +1,1 @@
+"""One model over several ranks: who holds which slice, the two collectives, measuring a step."""
