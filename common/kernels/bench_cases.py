@@ -14,14 +14,17 @@ import torch
 import torch.nn.functional as F
 
 from common.kernels import paged_decode, paged_prefill, rms_norm, silu_mul, streaming
+from common.kernels.hopper_gemm import Plan, hopper_gemm, plans_of, runs_hopper_gemm
 from common.kernels.linear import Linear, linear_add, linear_float32, norm_gate_up_silu, norm_linear
 from common.kernels.rms_norm import Norm
+from common.kernels.runtime import num_sms
 
 HIDDEN, FFN, VOCAB, HEADS, KV_HEADS, HEAD_DIM = 4096, 14336, 128256, 32, 8, 128
 QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM
 PAGE_SIZE = 16
 ELEMENTWISE_ROWS = (8192, 1024)
 ROWS = (1, 8, 32, 64, 96, 128, 192, 256)
+PLANNED_ROWS = (32, 64, 96, 128, 192, 256)
 DECODES = ((1, 4096), (16, 4096), (64, 2048), (256, 1024), (1, 32768), (1, 272), (32, 272), (128, 272))
 PREFILLS = ((16, 1024), (4, 4096), (2, 8192), (1, 16384))
 
@@ -181,6 +184,48 @@ def linear_cases(device, dtype) -> Iterator[Case]:
             yield Case("linear", f"{name} {rows} rows", "read", num_bytes, n, lambda want=want: want(0), engines)
 
 
+def hopper_gemm_cases(device, dtype) -> Iterator[Case]:
+    """Every plan of hopper_gemm for a layer's products at decode's rows, and its own choice as "ours": is that the
+    best?
+    """
+    # name -> outputs, features, silu
+    products = {
+        "qkv": (QKV, HIDDEN, False),
+        "o": (HIDDEN, HIDDEN, False),
+        "gate_up": (FFN, HIDDEN, True),
+        "down": (HIDDEN, FFN, False),
+    }
+    for name, (outputs, features, silu) in products.items():
+        num_bytes = (2 if silu else 1) * outputs * features * dtype.itemsize
+        n = max(4, _copies(num_bytes, device))
+        weights = [
+            w.mul_(0.02)
+            for w in _randn(n, num_bytes // features // dtype.itemsize, features, device=device, dtype=dtype)
+        ]
+        for rows in PLANNED_ROWS:
+            xs = _randn(n, rows, features, device=device, dtype=dtype)
+            if not runs_hopper_gemm(xs[0], weights[0]):
+                print("left out: hopper_gemm does not run here")
+                return
+
+            def product(x, w, plan: Plan | None = None, silu=silu):
+                return hopper_gemm(x, w, silu=silu, plan=plan)
+
+            engines = {"ours": _each(product, xs, weights)}
+            for plan in plans_of(rows, outputs, features, silu, num_sms(device)):
+                engines[f"{plan.columns} columns, {plan.sharers} sharers, {plan.parts} parts"] = _each(
+                    lambda x, w, plan=plan, run=product: run(x, w, plan), xs, weights
+                )
+            library = F.linear if not silu else lambda x, w: silu_mul.silu_mul(F.linear(x, w))
+            engines["torch"] = _each(library, xs, weights)
+
+            def want(x=xs[0], w=weights[0], silu=silu):
+                y = F.linear(x.double(), w.double())
+                return silu_mul.silu_mul_reference(y) if silu else y
+
+            yield Case("hopper_gemm", f"{name} {rows} rows", "read", num_bytes, n, want, engines)
+
+
 def _pages(batch: int, length: int, copies: int, device, dtype):
     """One pool of shuffled pages, and a page table for each of `copies` batches of equal lengths."""
     per_row = -(-length // PAGE_SIZE)
@@ -260,6 +305,7 @@ CASES = {
     "add_rms_norm": add_rms_norm_cases,
     "silu_mul": silu_mul_cases,
     "linear": linear_cases,
+    "hopper_gemm": hopper_gemm_cases,
     "paged_decode": decode_cases,
     "paged_prefill": prefill_cases,
 }

@@ -1,0 +1,395 @@
+// Products of 2 to 256 rows on Hopper: out[T, N] = x[T, K] W[N, K]^T, bfloat16, sums in float32.
+//
+// What limits a product of this size is neither the matrix units nor the memory but what lies between them: a block
+// that computes all T rows for a few rows of W needs all of x, and 132 of them reading 2 MB each ask more of L2 than it
+// gives.
+// So the blocks of a cluster share: each loads its part of the x tile and the copy engine writes it into the shared
+// memory of all of them (multicast). Where W has too few rows to occupy every multiprocessor, the blocks of a cluster
+// also divide K, and add their parts through each other's shared memory.
+//
+// One warpgroup asks for tiles (TMA, a ring of STAGES buffers with a full and an empty barrier each); the others
+// multiply them (wgmma: x is the operand of 64 rows, W that of N columns) and keep the sums in registers.
+// Blocks are persistent: while one tile is stored, the next one is on its way.
+//
+// Built by common/kernels/hopper_gemm.py; `tests/gpu/test_hopper_gemm.py` holds it against float64.
+// The instructions stand in hopper_ptx.cuh.
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "hopper_ptx.cuh"
+
+namespace {
+
+constexpr int BLOCK_K = 64;           // 64 bfloat16 are the 128 bytes that one row of a swizzled tile holds
+constexpr int ROW_BYTES = 2 * BLOCK_K;
+constexpr int SHARED_BYTES = 232448;  // what a block may have on compute capability 9.0
+constexpr int BARRIER_BYTES = 256;    // room for 2 x 16 barriers
+constexpr int ALIGNMENT = 1024;       // the swizzle's pattern repeats every 8 rows of 128 bytes
+
+// ---------------------------------------------------------------- the kernel
+
+// WM warpgroups one below the other, each with MI blocks of 64 rows of x; WN side by side, each with NW rows of W.
+template <int WM_, int WN_, int MI_, int NW_, bool SILU_> struct Tile {
+    static constexpr int WM = WM_, WN = WN_, MI = MI_, NW = NW_;
+    static constexpr bool SILU = SILU_;
+    static constexpr int ROWS = 64 * WM * MI, COLUMNS = NW * WN;
+    static constexpr int X_BYTES = ROWS * ROW_BYTES, W_BYTES = COLUMNS * ROW_BYTES;
+    static constexpr int ROOM = (SHARED_BYTES - ALIGNMENT - BARRIER_BYTES) / (X_BYTES + W_BYTES);
+    static constexpr int STAGES = ROOM < 8 ? ROOM : 8;
+    static constexpr int CONSUMERS = WM * WN, THREADS = 128 * (CONSUMERS + 1);
+    static constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 152;
+    // Sums of a tile as float32, in the memory of the ring once it is empty; 8 floats more keep banks apart.
+    static constexpr int SUM_STRIDE = COLUMNS + 8;
+    static_assert(STAGES >= 3 && ROWS * SUM_STRIDE * 4 <= STAGES * (X_BYTES + W_BYTES));
+    static_assert(!SILU || NW % 16 == 0);
+};
+
+struct Arguments {
+    const __nv_bfloat16 *residual;  // [T, N] or null
+    __nv_bfloat16 *out;             // [T, N]
+    int rows, outputs, features;    // T, N, K
+    int residual_stride, out_stride;
+    int sharers, parts;  // blocks of a cluster that share x; parts that K is divided into: sharers x parts blocks
+    int x_box_rows;      // rows of x that each sharer loads, a multiple of 8
+};
+
+// Which part of the work a block has. A cluster's blocks: sharer 0, 1, ... of part 0, then of part 1, ...
+struct Place {
+    int sharer, part, first_group, groups, num_clusters, first_k, last_k;
+    __device__ Place(const Arguments &a, int outputs_per_tile) {
+        const int size = a.sharers * a.parts, rank = rank_in_cluster();
+        sharer = rank % a.sharers;
+        part = rank / a.sharers;
+        first_group = blockIdx.x / size;
+        num_clusters = gridDim.x / size;
+        const int tiles = (a.outputs + outputs_per_tile - 1) / outputs_per_tile;
+        groups = (tiles + a.sharers - 1) / a.sharers;
+        const int blocks = (a.features + BLOCK_K - 1) / BLOCK_K;
+        first_k = blocks * part / a.parts;
+        last_k = blocks * (part + 1) / a.parts;
+    }
+};
+
+struct Ring {
+    int stages, stage = 0, parity = 0;
+    __device__ void advance() {
+        if (++stage == stages) stage = 0, parity ^= 1;
+    }
+};
+
+// Rows of W that a tile needs, as boxes: one, or for SILU a gate and an up box for each warpgroup side by side.
+template <class S>
+__device__ void load_w(const CUtensorMap *map, uint32_t to, uint32_t barrier, int k, int tile, int outputs) {
+    if constexpr (S::SILU) {
+        constexpr int HALF = S::NW / 2;
+        for (int i = 0; i < S::WN; ++i) {
+            const int row = tile * (S::COLUMNS / 2) + i * HALF;
+            load_box(map, to + (2 * i) * HALF * ROW_BYTES, barrier, k, row);
+            load_box(map, to + (2 * i + 1) * HALF * ROW_BYTES, barrier, k, outputs + row);
+        }
+    } else {
+        load_box(map, to, barrier, k, tile * S::COLUMNS);
+    }
+}
+
+template <class S>
+__device__ void produce(const CUtensorMap *x_map, const CUtensorMap *w_map, const Arguments &a, uint32_t buffers,
+                        uint32_t full, uint32_t empty) {
+    constexpr int OUTPUTS = S::SILU ? S::COLUMNS / 2 : S::COLUMNS;
+    const Place place(a, OUTPUTS);
+    const uint16_t mask = uint16_t(((1 << a.sharers) - 1) << (place.part * a.sharers));
+    const int bytes = a.sharers * a.x_box_rows * ROW_BYTES + S::W_BYTES;
+    const int x_row = place.sharer * a.x_box_rows;
+    auto buffer = [&](int stage) { return buffers + stage * (S::X_BYTES + S::W_BYTES); };
+    auto load_x = [&](int stage, int k) {
+        load_box_for(x_map, buffer(stage) + x_row * ROW_BYTES, full + 8 * stage, k * BLOCK_K, x_row, mask);
+    };
+    Ring ring{S::STAGES};
+    bool waited = false;
+    for (int group = place.first_group; group < place.groups; group += place.num_clusters) {
+        const int tile = group * a.sharers + place.sharer;
+        int k = place.first_k;
+        if (!waited) {
+            // Weights depend on no earlier kernel: the first of them are asked for before the wait for it.
+            const int ahead = min(S::STAGES, place.last_k - place.first_k);
+            for (int i = 0; i < ahead; ++i) {
+                arrive_expecting(full + 8 * i, bytes);
+                load_w<S>(w_map, buffer(i) + S::X_BYTES, full + 8 * i, (k + i) * BLOCK_K, tile, a.outputs);
+            }
+            wait_for_earlier_kernels();
+            for (int i = 0; i < ahead; ++i) load_x(i, k + i), ring.advance();
+            k += ahead;
+            waited = true;
+        }
+        for (; k < place.last_k; ++k, ring.advance()) {
+            wait_for(empty + 8 * ring.stage, ring.parity ^ 1);
+            arrive_expecting(full + 8 * ring.stage, bytes);
+            load_w<S>(w_map, buffer(ring.stage) + S::X_BYTES, full + 8 * ring.stage, k * BLOCK_K, tile, a.outputs);
+            load_x(ring.stage, k);
+        }
+    }
+}
+
+// Multiplies one tile's blocks of K; buffers are given back one block late, when their products are known to be done.
+template <class S>
+__device__ void multiply(float (&sums)[S::MI][S::NW / 2], const Arguments &a, const Place &place, Ring &ring,
+                         uint32_t buffers, uint32_t full, uint32_t empty) {
+    const int group = threadIdx.x / 128 - 1, below = group % S::WM, beside = group / S::WM;
+    const int thread = threadIdx.x % 128;
+    int previous = -1;
+    auto give_back = [&](int stage) {
+        if (thread < a.sharers) arrive_at(empty + 8 * stage, place.part * a.sharers + thread);
+    };
+    for (int k = place.first_k; k < place.last_k; ++k, ring.advance()) {
+        wait_for(full + 8 * ring.stage, ring.parity);
+        const uint32_t x = buffers + ring.stage * (S::X_BYTES + S::W_BYTES) + below * S::MI * 64 * ROW_BYTES;
+        const uint32_t w = buffers + ring.stage * (S::X_BYTES + S::W_BYTES) + S::X_BYTES + beside * S::NW * ROW_BYTES;
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < BLOCK_K / 16; ++step)
+#pragma unroll
+            for (int m = 0; m < S::MI; ++m)
+                Wgmma<S::NW>::run(sums[m], descriptor(x + m * 64 * ROW_BYTES) + 2 * step, descriptor(w) + 2 * step,
+                                  k > place.first_k || step > 0);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (previous >= 0) give_back(previous);
+        previous = ring.stage;
+    }
+    wgmma_wait<0>();
+    if (previous >= 0) give_back(previous);
+}
+
+__device__ float silu(float gate) { return gate / (1.f + __expf(-gate)); }
+
+__device__ void store_pair(const Arguments &a, int row, int column, float first, float second) {
+    if (row >= a.rows || column >= a.outputs) return;
+    if (a.residual) {
+        const __nv_bfloat162 add =
+            *reinterpret_cast<const __nv_bfloat162 *>(a.residual + int64_t(row) * a.residual_stride + column);
+        first += __low2float(add);
+        second += __high2float(add);
+    }
+    *reinterpret_cast<__nv_bfloat162 *>(a.out + int64_t(row) * a.out_stride + column) =
+        __floats2bfloat162_rn(first, second);
+}
+
+// A thread's sums of one block of 64 rows: row = 16 warp + lane / 4 (+ 8), columns 8 j + 2 (lane % 4) and the next.
+template <class S> __device__ void store_tile(const float (&sums)[S::MI][S::NW / 2], const Arguments &a, int tile) {
+    const int group = threadIdx.x / 128 - 1, below = group % S::WM, beside = group / S::WM;
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    constexpr int NW = S::SILU ? S::NW / 2 : S::NW;  // outputs of a warpgroup
+    const int first_column = (tile * S::WN + beside) * NW + 2 * (lane % 4);
+#pragma unroll
+    for (int m = 0; m < S::MI; ++m) {
+        const int row = (below * S::MI + m) * 64 + 16 * warp + lane / 4;
+#pragma unroll
+        for (int j = 0; j < NW / 8; ++j)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float first = sums[m][4 * j + 2 * half], second = sums[m][4 * j + 2 * half + 1];
+                if constexpr (S::SILU) {
+                    first = silu(first) * sums[m][4 * j + 2 * half + S::NW / 4];
+                    second = silu(second) * sums[m][4 * j + 2 * half + 1 + S::NW / 4];
+                }
+                store_pair(a, row + 8 * half, first_column + 8 * j, first, second);
+            }
+    }
+}
+
+// A thread's sums, as store_tile has them, into this block's shared memory: [ROWS, SUM_STRIDE].
+template <class S> __device__ void keep_sums(const float (&sums)[S::MI][S::NW / 2], float *kept) {
+    const int group = threadIdx.x / 128 - 1, below = group % S::WM, beside = group / S::WM;
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int m = 0; m < S::MI; ++m)
+#pragma unroll
+        for (int j = 0; j < S::NW / 8; ++j)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = (below * S::MI + m) * 64 + 16 * warp + lane / 4 + 8 * half;
+                const int column = beside * S::NW + 8 * j + 2 * (lane % 4);
+                *reinterpret_cast<float2 *>(kept + row * S::SUM_STRIDE + column) =
+                    make_float2(sums[m][4 * j + 2 * half], sums[m][4 * j + 2 * half + 1]);
+            }
+}
+
+// Adds the parts of K, in the order of the parts: each block takes its share of the rows and reads it from all of them.
+template <class S> __device__ void add_parts(const Arguments &a, const Place &place, const float *kept, int tile) {
+    const int thread = threadIdx.x - 128, share = (a.rows + a.parts - 1) / a.parts;
+    const int first = place.part * share, last = min(a.rows, first + share);
+    const uint32_t base = shared_address(kept);
+    constexpr int QUADS = S::COLUMNS / 4;
+    for (int i = thread; i < (last - first) * QUADS; i += 128 * S::CONSUMERS) {
+        const int row = first + i / QUADS, column = i % QUADS * 4;
+        float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
+        for (int part = 0; part < a.parts; ++part) {
+            const float4 more =
+                read_remote(base + (row * S::SUM_STRIDE + column) * 4, part * a.sharers + place.sharer);
+            total.x += more.x, total.y += more.y, total.z += more.z, total.w += more.w;
+        }
+        store_pair(a, row, tile * S::COLUMNS + column, total.x, total.y);
+        store_pair(a, row, tile * S::COLUMNS + column + 2, total.z, total.w);
+    }
+}
+
+template <class S>
+__global__ void __launch_bounds__(S::THREADS, 1)
+    hopper_gemm(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
+                const __grid_constant__ Arguments a) {
+    extern __shared__ uint8_t raw[];
+    uint8_t *aligned = raw + (ALIGNMENT - shared_address(raw) % ALIGNMENT) % ALIGNMENT;
+    const uint32_t buffers = shared_address(aligned);
+    const uint32_t full = buffers + S::STAGES * (S::X_BYTES + S::W_BYTES), empty = full + 8 * S::STAGES;
+    let_dependents_start();
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < S::STAGES; ++i) {
+            init_barrier(full + 8 * i, 1);
+            init_barrier(empty + 8 * i, a.sharers * S::CONSUMERS);
+        }
+        show_barriers_to_cluster();
+    }
+    sync_cluster();  // no block may write to another whose barriers are not yet there
+
+    if (threadIdx.x < 128) {
+        give_up_registers<S::PRODUCER_REGISTERS>();
+        if (threadIdx.x == 0) produce<S>(&x_map, &w_map, a, buffers, full, empty);
+        __syncwarp();
+        if (a.parts > 1) sync_cluster();
+    } else {
+        take_registers<S::CONSUMER_REGISTERS>();
+        constexpr int OUTPUTS = S::SILU ? S::COLUMNS / 2 : S::COLUMNS;
+        const Place place(a, OUTPUTS);
+        wait_for_earlier_kernels();  // the residual is another kernel's, and so may `out` be
+        Ring ring{S::STAGES};
+        float sums[S::MI][S::NW / 2];
+        for (int group = place.first_group; group < place.groups; group += place.num_clusters) {
+            const int tile = group * a.sharers + place.sharer;
+            multiply<S>(sums, a, place, ring, buffers, full, empty);
+            if (a.parts == 1) {
+                store_tile<S>(sums, a, tile);
+            } else {
+                // One tile a cluster (the host sees to it), so nothing more comes into the ring's memory.
+                sync_threads_of<128 * S::CONSUMERS>();
+                keep_sums<S>(sums, reinterpret_cast<float *>(aligned));
+                sync_cluster();
+                add_parts<S>(a, place, reinterpret_cast<float *>(aligned), tile);
+            }
+        }
+    }
+    sync_cluster();  // no block may end while others still write to it, arrive at it or read from it
+}
+
+// ---------------------------------------------------------------- the host's side
+
+using Encode = CUresult (*)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
+                            const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
+                            CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+Encode find_encode() {  // of the driver's library, which nothing here is linked with
+    void *found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result) !=
+            cudaSuccess ||
+        result != cudaDriverEntryPointSuccess)
+        return nullptr;
+    return reinterpret_cast<Encode>(found);
+}
+
+// Boxes of [box_rows, BLOCK_K] from a row-major matrix [rows, columns]; outside it, zeros.
+bool encode(CUtensorMap *map, const void *matrix, int rows, int columns, int64_t stride, int box_rows) {
+    static const Encode encode_tiled = find_encode();
+    const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[1] = {cuuint64_t(stride) * 2};
+    const cuuint32_t box[2] = {BLOCK_K, cuuint32_t(box_rows)}, steps[2] = {1, 1};
+    return encode_tiled &&
+           encode_tiled(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void *>(matrix), sizes, strides, box,
+                        steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+template <class S>
+int launch(const void *x, int64_t x_stride, const void *w, int64_t w_stride, const Arguments &a, cudaStream_t stream) {
+    constexpr int OUTPUTS = S::SILU ? S::COLUMNS / 2 : S::COLUMNS;
+    // A part of K without a block would leave its sums undefined.
+    if (a.parts * BLOCK_K > a.features + BLOCK_K - 1) return cudaErrorInvalidValue;
+    const int size = a.sharers * a.parts, tiles = (a.outputs + OUTPUTS - 1) / OUTPUTS;
+    const int groups = (tiles + a.sharers - 1) / a.sharers;
+    if (size > 8 || (S::SILU && a.parts > 1) || a.rows > S::ROWS) return cudaErrorInvalidValue;
+
+    CUtensorMap x_map, w_map;
+    if (!encode(&x_map, x, a.rows, a.features, x_stride, a.x_box_rows) ||
+        !encode(&w_map, w, S::SILU ? 2 * a.outputs : a.outputs, a.features, w_stride, S::SILU ? S::NW / 2 : S::COLUMNS))
+        return cudaErrorInvalidValue;
+
+    cudaLaunchAttribute attributes[2];
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {unsigned(size), 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.blockDim = dim3(S::THREADS);
+    config.dynamicSmemBytes = SHARED_BYTES;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = 1;
+    config.gridDim = dim3(unsigned(size));
+
+    // Not every multiprocessor can be in a cluster of every size: asked once, the answer holds for the device.
+    static int most_clusters[9] = {};
+    if (!most_clusters[size]) {
+        const auto kernel = hopper_gemm<S>;
+        cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
+        if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&most_clusters[size], hopper_gemm<S>, &config);
+        if (error != cudaSuccess) return error;
+        if (!most_clusters[size]) return cudaErrorInvalidConfiguration;
+    }
+    const int clusters = a.parts > 1 ? groups : min(groups, most_clusters[size]);
+    config.gridDim = dim3(unsigned(clusters * size));
+    config.numAttrs = 2;
+    return cudaLaunchKernelEx(&config, hopper_gemm<S>, x_map, w_map, a);
+}
+
+}  // namespace
+
+// Returns a cudaError_t, 0 where all is well. columns: rows of W a tile has; residual may be null; strides in elements.
+// silu: W is [2 N, K], gate rows first, and out = silu(gate) * up. Contiguous rows, 16-byte aligned; K a multiple of 8.
+extern "C" int tlab_hopper_gemm(const void *x, int64_t x_stride, const void *w, int64_t w_stride, const void *residual,
+                                int residual_stride, void *out, int out_stride, int rows, int outputs, int features,
+                                int silu, int columns, int sharers, int parts, void *stream) {
+    const int box_rows = ((rows + sharers - 1) / sharers + 7) / 8 * 8;
+    const Arguments a{static_cast<const __nv_bfloat16 *>(residual),
+                      static_cast<__nv_bfloat16 *>(out),
+                      rows,
+                      outputs,
+                      features,
+                      residual_stride,
+                      out_stride,
+                      sharers,
+                      parts,
+                      box_rows};
+    const auto s = static_cast<cudaStream_t>(stream);
+#define TRY(MOST_ROWS, WM, WN, MI, NW, SILU) \
+    if (rows <= MOST_ROWS && columns == NW * WN && bool(silu) == SILU) \
+        return launch<Tile<WM, WN, MI, NW, SILU>>(x, x_stride, w, w_stride, a, s);
+    TRY(64, 1, 2, 1, 112, true)
+    TRY(64, 1, 2, 1, 128, false)
+    TRY(64, 1, 2, 1, 96, false)
+    TRY(64, 1, 2, 1, 64, false)
+    TRY(64, 1, 2, 1, 32, false)
+    TRY(128, 2, 1, 1, 224, true)
+    TRY(128, 2, 1, 1, 256, false)
+    TRY(128, 2, 1, 1, 192, false)
+    TRY(128, 2, 1, 1, 128, false)
+    TRY(192, 3, 1, 1, 112, true)
+    TRY(192, 3, 1, 1, 192, false)
+    TRY(192, 3, 1, 1, 128, false)
+    TRY(256, 2, 1, 2, 112, true)
+    TRY(256, 2, 1, 2, 128, false)
+    TRY(256, 2, 1, 2, 96, false)
+#undef TRY
+    return cudaErrorInvalidValue;
+}

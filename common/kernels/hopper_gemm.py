@@ -1,0 +1,142 @@
+"""Products of 2 to 256 rows on Hopper in CUDA C++: tiles shared over a cluster by multicast, K divided over it.
+
+The kernel is hopper_gemm.cu, which says what it does and why. Here it is built (once, by torch's extension loader; the
+library is kept in its cache), its tiles are chosen, and it is called. Where it cannot be built - no nvcc, another
+architecture - callers keep Triton's small_gemm and the library's product.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common.kernels.runtime import capability, num_sms
+
+SOURCE = Path(__file__).with_name("hopper_gemm.cu")
+MAX_ROWS = 256
+BLOCK_K = 64  # features of a step, as in the source
+MAX_CLUSTER = 8  # blocks of a cluster that every Hopper GPU can place
+# Rows of W that a tile may have, by how many rows of x it has: the tiles that the source compiles, without and with
+# silu.
+COLUMNS = {64: (64, 128, 192, 256), 128: (128, 192, 256), 192: (128, 192), 256: (96, 128)}
+COLUMNS_SILU = {64: (224,), 128: (224,), 192: (112,), 256: (112,)}
+
+# One H200 at the clock it keeps, for choosing alone: what a multiprocessor computes and takes in a microsecond, what L2
+# and the memory give to all of them, and what a launch and a sum over a cluster cost at least.
+FLOPS_PER_SM_US = 5.4e6
+BYTES_PER_SM_US = 1.0e5
+L2_BYTES_US = 5.5e6
+MEMORY_BYTES_US = 4.5e6
+REMOTE_BYTES_PER_SM_US = 4.0e4
+SUM_US = 1.5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a product is cut: `columns` rows of W a tile; clusters of `sharers` tiles that share x, in `parts` of K."""
+
+    columns: int
+    sharers: int
+    parts: int
+
+
+def row_class(rows: int) -> int:
+    """Rows of x that a tile has room for: 64, 128, 192 or 256."""
+    return -(-rows // 64) * 64
+
+
+def predicted_us(rows: int, outputs: int, features: int, silu: bool, plan: Plan, sms: int) -> float:
+    """What a plan should take, from what each part of the machine must do; inf where it does not fit.
+
+    All tiles that run at once are a wave. A wave takes as long as its slowest part: the products, what a multiprocessor
+    takes in, what L2 gives out (x once a cluster: that is what sharing saves), what the memory gives.
+    """
+    size = plan.sharers * plan.parts
+    tiles = -(-outputs // (plan.columns // 2 if silu else plan.columns))
+    groups, clusters = -(-tiles // plan.sharers), sms // size
+    if size > MAX_CLUSTER or (plan.parts > 1 and (silu or groups > clusters or features < BLOCK_K * plan.parts)):
+        return float("inf")
+    blocks, share = min(groups, clusters) * size, features / plan.parts
+    computed = 2 * row_class(rows) * plan.columns * share / FLOPS_PER_SM_US
+    taken = 2 * (rows + plan.columns) * share / BYTES_PER_SM_US
+    given = 2 * (rows / plan.sharers + plan.columns) * share * blocks / L2_BYTES_US
+    read = 2 * plan.columns * share * blocks / MEMORY_BYTES_US
+    summed = SUM_US + 4 * rows * plan.columns / REMOTE_BYTES_PER_SM_US if plan.parts > 1 else 0.0
+    return -(-groups // clusters) * max(computed, taken, given, read) + summed
+
+
+def plans_of(rows: int, outputs: int, features: int, silu: bool, sms: int) -> list[Plan]:
+    """Every plan that fits, smaller clusters first."""
+    columns = (COLUMNS_SILU if silu else COLUMNS)[row_class(rows)]
+    plans = [Plan(c, s, p) for s in (1, 2, 4, 8) for p in (1, 2, 4, 8) for c in columns]
+    plans = [plan for plan in plans if predicted_us(rows, outputs, features, silu, plan, sms) < float("inf")]
+    return sorted(plans, key=lambda plan: plan.sharers * plan.parts)
+
+
+@functools.lru_cache(maxsize=1024)
+def choose_plan(rows: int, outputs: int, features: int, silu: bool, sms: int) -> Plan:
+    """The plan that should take least; of equals the one with the smaller cluster."""
+    plans = plans_of(rows, outputs, features, silu, sms)
+    return min(plans, key=lambda plan: predicted_us(rows, outputs, features, silu, plan, sms))
+
+
+@functools.lru_cache
+def build():
+    """The compiled function, or None (said once, on stderr) where it cannot be built."""
+    from torch.utils import cpp_extension
+
+    try:
+        library = cpp_extension.load(
+            "tlab_hopper_gemm",
+            [str(SOURCE)],
+            extra_cuda_cflags=["-O3", "-gencode=arch=compute_90a,code=sm_90a"],
+            is_python_module=False,
+        )
+        function = ctypes.CDLL(library).tlab_hopper_gemm
+    except (OSError, RuntimeError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        print(f"note: hopper_gemm.cu was not built ({reason}); products take the other kernels", file=sys.stderr)
+        return None
+    pointer, number, stride = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    function.argtypes = [pointer, stride, pointer, stride, pointer, number, pointer, *[number] * 8, pointer]
+    function.restype = number
+    return function
+
+
+def runs_hopper_gemm(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the kernel takes these: bfloat16 on compute capability 9, rows of whole 16-byte pieces, at most 256."""
+    return (
+        capability(x.device)[0] == 9
+        and x.dtype == weight.dtype == torch.bfloat16
+        and 1 <= len(x) <= MAX_ROWS
+        and x.shape[1] % 8 == weight.shape[0] % 8 == x.stride(0) % 8 == weight.stride(0) % 8 == 0
+        and x.stride(1) == weight.stride(1) == 1
+        and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
+        and build() is not None
+    )
+
+
+def hopper_gemm(x, weight, *, residual=None, silu=False, plan: Plan | None = None):
+    """x [T, K] times weight [N, K]^T, accumulated in float32 and rounded once: [T, N], + residual [T, N] where given;
+    with silu, weight is [2F, K], gate rows first, and the result silu(gate) * up, [T, F].
+
+    For tensors that `runs_hopper_gemm` takes; `plan` overrides the choice. Raises RuntimeError where a launch fails.
+    """
+    rows, features = x.shape
+    outputs = weight.shape[0] // 2 if silu else weight.shape[0]
+    plan = plan or choose_plan(rows, outputs, features, silu, num_sms(x.device))
+    out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+    error = build()(
+        x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0),
+        None if residual is None else residual.data_ptr(), 0 if residual is None else residual.stride(0),
+        out.data_ptr(), out.stride(0), rows, outputs, features, silu, plan.columns, plan.sharers, plan.parts,
+        torch.cuda.current_stream(x.device).cuda_stream,
+    )  # fmt: skip
+    if error:
+        raise RuntimeError(f"hopper_gemm {rows}x{outputs}x{features} {plan}: CUDA error {error}")
+    return out
