@@ -17,39 +17,28 @@ Imports no torch and no matplotlib, so that `--help` answers at once. A script i
 """
 
 import argparse
-import contextlib
-import errno
 import os
 import re
-import select
-import sys
 import tempfile
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common.errors import CheckFailed, UserError
+from common.errors import UserError
+from common.exits import EXIT_USER_ERROR, keep_partial, made_folders, one_line, run  # noqa: F401 - scripts use them
 from common.prompt_files import read_prompts
 from common.sweeps import parse_sweep, shown
 
 PRESETS = ("auto", "quick", "laptop", "course")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 DEFAULT_REPEATS, DEFAULT_WARMUP = 5, 1
-EXIT_CHECK_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
-
-# What the operating system refuses because of where the user pointed us, not because of a bug here.
-_ENVIRONMENT_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
-
-
-_made_folders: list[Path] = []  # by output_dir, the deepest first
 
 
 class _Parser(argparse.ArgumentParser):
     """argparse whose errors are one line: the usage text above them hides what was wrong."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USER_ERROR, f"{self.prog}: error: {_one_line(message)}\n")
+        self.exit(EXIT_USER_ERROR, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def build_parser(
@@ -257,7 +246,7 @@ def output_dir(args: argparse.Namespace, script_file: str) -> Path:
     try:
         new = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        _made_folders.extend(new)
+        made_folders.extend(new)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (OSError, ValueError) as error:
@@ -313,89 +302,3 @@ def format_value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
     return str(value)
-
-
-# --- running ---------------------------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def keep_partial(args: argparse.Namespace) -> Iterator[None]:
-    """Around the measuring loop: Ctrl-C ends the loop; the script goes on to draw its rows, and `run` exits 130."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        args.interrupted = True
-        print("\ninterrupted: keeping the rows measured so far", file=sys.stderr)
-
-
-def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, argv=None) -> NoReturn:
-    """Parse, call `main(args)`, exit: 0; 1 a check failed, or a bug; 2 the user's input or machine; 130 after Ctrl-C.
-
-    An error is one line on stderr; `--debug` adds its traceback. A closed pipe (`script.py | head`) ends quietly.
-    """
-    try:
-        args = parser.parse_args(argv)
-        code = _call(main, args, parser.prog)
-        sys.stdout.flush()
-    except SystemExit as error:  # argparse: --help or an error that it has printed
-        code = error.code
-        with contextlib.suppress(BrokenPipeError):
-            sys.stdout.flush()
-    except BrokenPipeError:
-        code = EXIT_BROKEN_PIPE
-    if code == EXIT_BROKEN_PIPE or _reader_is_gone():
-        # The interpreter flushes stdout once more on its way out and would complain there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    raise SystemExit(code)
-
-
-def _call(main: Callable[[argparse.Namespace], None], args: argparse.Namespace, prog: str) -> int:
-    try:
-        main(args)
-        code, message = 0, ""
-    except KeyboardInterrupt:
-        code, message = EXIT_INTERRUPTED, "interrupted"
-    except Exception as error:
-        if isinstance(error, BrokenPipeError) and _reader_is_gone():
-            return EXIT_BROKEN_PIPE
-        code, message = _explain(error)
-        if args.debug:
-            traceback.print_exc()
-    for folder in _made_folders:
-        with contextlib.suppress(OSError):  # it holds files, or another process removed it
-            folder.rmdir()
-    if message:
-        print(f"{prog}: {_one_line(message)}", file=sys.stderr)
-    return EXIT_INTERRUPTED if getattr(args, "interrupted", False) else code
-
-
-def _explain(error: Exception) -> tuple[int, str]:
-    """Exit code and line for an exception that ended `main`."""
-    if isinstance(error, UserError):
-        return EXIT_USER_ERROR, f"error: {error}"
-    if isinstance(error, CheckFailed):
-        return EXIT_CHECK_FAILED, f"check failed: {error}"
-    # torch is not imported for this: its class is known by name, its CPU allocator by its message.
-    names = {cls.__name__ for cls in type(error).__mro__}
-    if names & {"MemoryError", "OutOfMemoryError"} or "DefaultCPUAllocator" in str(error):
-        first = str(error).strip().split("\n")[0]
-        return (
-            EXIT_USER_ERROR,
-            f"error: out of memory{': ' if first else ''}{first}; try smaller sizes or --preset quick",
-        )
-    if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRNOS:
-        return EXIT_USER_ERROR, f"error: {error.filename or 'writing'}: {error.strerror}"
-    text = str(error).strip().split("\n")[0]
-    return EXIT_CHECK_FAILED, f"internal error: {type(error).__name__}: {text}; --debug shows the traceback"
-
-
-def _reader_is_gone() -> bool:
-    """Whether stdout is a pipe that nobody reads any more."""
-    try:
-        poll = select.poll()
-        poll.register(sys.stdout.fileno(), 0)
-        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
-    except (AttributeError, OSError, ValueError):  # no poll on this system, or stdout is not a file
-        return False
-
-
-def _one_line(message: str) -> str:
-    return " ".join(message.split())
