@@ -14,6 +14,7 @@ from typing import Any
 from common.errors import UserError
 
 MIN_GRAPH_CALLS = 20
+MIN_SAMPLES = 3  # of a time limit's: fewer say nothing about the spread
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,22 @@ def measure(fn: Callable[[], object], *, device: Any, warmup: int = 1, repeats: 
 
 
 def interleaved(
-    fns: Mapping[str, Callable[[], object]], *, device: Any, warmup: int = 1, repeats: int = 5
+    fns: Mapping[str, Callable[[], object]],
+    *,
+    device: Any,
+    warmup: int = 1,
+    repeats: int = 5,
+    limit_s: float | None = None,
 ) -> dict[str, Timing]:
-    """Time the alternatives in turn: one sample of each, then the next of each, each round beginning one further on."""
+    """Time the alternatives in turn: one sample of each, then the next of each, each round beginning one further on.
+
+    limit_s: no further round begins after this long, once there are MIN_SAMPLES of each; so that what is slow is timed
+    less often and does not take the whole sweep's time.
+    """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats {repeats} must be at least 1 and warmup {warmup} at least 0")
     names = list(fns)
+    begin = time.perf_counter()
     for name in names:
         for _ in range(warmup):
             fns[name]()
@@ -70,6 +81,8 @@ def interleaved(
     once = _event_seconds if _is_cuda(device) else _clock_seconds
     samples: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(repeats):
+        if limit_s is not None and turn >= MIN_SAMPLES and time.perf_counter() - begin > limit_s:
+            break
         shift = turn % len(names) if names else 0
         for name in names[shift:] + names[:shift]:  # who comes first after whom must not favour anyone
             samples[name].append(once(fns[name], device))
@@ -97,23 +110,7 @@ def graph_sample(calls: Sequence[Callable[[], object]], *, least_s: float = 4e-3
     """(replay, number of calls): `replay()` submits a captured graph of `calls` as often as fills `least_s`."""
     import torch
 
-    if not calls:
-        raise ValueError("a graph needs at least one call")
-    if not torch.cuda.is_available():
-        raise UserError("kernel times in a CUDA graph need a CUDA device; none is visible")
-    rounds = -(-MIN_GRAPH_CALLS // len(calls))
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compile, autotune and allocate before anything is captured
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(rounds):
-            for call in calls:
-                call()
+    graph, count = capture(calls)
     for _ in range(3):
         graph.replay()
     device = torch.device("cuda", torch.cuda.current_device())
@@ -123,7 +120,38 @@ def graph_sample(calls: Sequence[Callable[[], object]], *, least_s: float = 4e-3
         for _ in range(times):
             graph.replay()
 
-    return replay, times * rounds * len(calls)
+    return replay, times * count
+
+
+def capture(calls: Sequence[Callable[[], object]]) -> tuple[Any, int]:
+    """(CUDA graph, number of calls in it): `calls` in turn, round and round until there are at least 20.
+
+    Each has run once on the capturing stream before: nothing is compiled inside, and what libraries set up for a stream
+    that they see for the first time is there. UserError without CUDA.
+    """
+    import torch
+
+    if not calls:
+        raise ValueError("a graph needs at least one call")
+    if not torch.cuda.is_available():
+        raise UserError("kernel times in a CUDA graph need a CUDA device; none is visible")
+    rounds = -(-MIN_GRAPH_CALLS // len(calls))
+    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    main.wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=side):
+            for _ in range(rounds):
+                for call in calls:
+                    call()
+    finally:
+        torch.cuda.set_stream(main)  # a capture that fails leaves torch on the capturing stream
+    return graph, rounds * len(calls)
 
 
 def _event_seconds(fn: Callable[[], object], device: Any) -> float:

@@ -34,6 +34,9 @@ OK, UNSUPPORTED, OUT_OF_MEMORY, WRONG, FAILED = "ok", "unsupported", "out of mem
 MAX_COPIES = {"cuda": 512, "cpu": 4}
 CACHES_TO_FILL = 4
 MAX_GRAPHED_CALL_S = 10e-3
+SAMPLING_S = 1.5  # for a backend's samples at one point; what is slow is sampled less often, three times at least
+COMPILED_S = 0.25  # a first call on CUDA that takes longer compiled something
+SLOW_FAILURE_S = 5.0  # a failure that took longer compiled in vain; the next size would end in the same error
 HEADROOM = 0.9  # of the free memory: allocators round up
 
 # Columns after those of the file itself.
@@ -57,6 +60,7 @@ class Bench:
     missing: dict[str, str]  # name -> reason
     ceilings: roofline.Ceilings
     compiled: set[tuple] = field(default_factory=set)  # what has run before: its compilation is behind it
+    given_up: dict[tuple, str] = field(default_factory=dict)  # (backend, head_dim) -> the failure that took so long
 
     def ceiling(self, ceilings: roofline.Ceilings) -> float:
         """TFLOP/s of the best product for prefill, GB/s of reading for decode."""
@@ -147,7 +151,7 @@ def measure_case(bench: Bench, case: Case, backends: Sequence[Backend]) -> dict[
     rows = {backend.name: blank_row() for backend in backends}
     able = []
     for backend in backends:
-        reason = backend.unsupported(case)
+        reason = bench.given_up.get((backend.name, case.heads.head_dim)) or backend.unsupported(case)
         if reason:
             rows[backend.name] |= {"status": UNSUPPORTED, "note": reason}
         else:
@@ -212,8 +216,8 @@ def _check(
         note = f"needs about {human_bytes(need)} of workspace, {human_bytes(free)} are free"
         row |= {"status": OUT_OF_MEMORY, "note": note}
         return None
+    start = time.perf_counter()
     try:
-        start = time.perf_counter()
         prepared = backend.prepare(case)
         call = prepared.bind(inputs[0])
         out = _waited(bench.device, call)
@@ -223,22 +227,33 @@ def _check(
             row |= {"status": WRONG, "note": f"relative error {row['error']:.1e} against {TOLERANCE[bench.dtype]:.1e}"}
             return None
         del out
-        kind = (backend.name, case.heads, getattr(case, "page_size", None))
-        if kind not in bench.compiled:
-            start = time.perf_counter()
-            _waited(bench.device, backend.prepare(case).bind(inputs[0]))
-            row["jit_s"] = max(0.0, first_s - (time.perf_counter() - start))
-            bench.compiled.add(kind)
+        row["jit_s"] = _jit_s(bench, backend, case, inputs[0], first_s)
         row["plan_us"] = _plan_us(bench, prepared)
         return _Ready([call, *(prepared.bind(x) for x in inputs[1:])], row)
     except Exception as error:  # a library refuses in whatever way it likes; the sweep goes on
         row |= _explained(backend, error)
+    seconds = time.perf_counter() - start
+    if row["status"] == UNSUPPORTED and seconds > SLOW_FAILURE_S:
+        note = f"{row['note']} (not tried again: it failed after {seconds:.0f} s)"
+        bench.given_up[backend.name, case.heads.head_dim] = note
     try:
         timing.synchronize(bench.device)
     except RuntimeError as error:
-        broken = f"{backend.name} broke the CUDA device's context ({row['note']})"
-        raise CheckFailed(f"{broken}: {_first_line(error)}") from None
+        broken = f"{backend.name} broke the CUDA device's context ({row['note']}): {_first_line(error)}"
+        raise CheckFailed(f"{broken}; go on with --resume and --backends without it") from None
     return None
+
+
+def _jit_s(bench: Bench, backend: Backend, case: Case, inputs: Any, first_s: float) -> float | None:
+    """Seconds of compilation in a first call that took `first_s`: what a second one does not take. None where nothing
+    was compiled: on a CPU, and where this shape of kernel has run before and was quick now."""
+    kind = (backend.name, case.heads, getattr(case, "page_size", None))
+    if bench.device.type == "cpu" or (kind in bench.compiled and first_s < COMPILED_S):
+        return None
+    bench.compiled.add(kind)
+    start = time.perf_counter()
+    _waited(bench.device, backend.prepare(case).bind(inputs))
+    return max(0.0, first_s - (time.perf_counter() - start))
 
 
 def _waited(device: torch.device, call: Call) -> torch.Tensor:
@@ -329,7 +344,8 @@ def _time(bench: Bench, case: Case, ready: Mapping[str, _Ready], in_cache: bool)
 
 
 def _interleaved(bench: Bench, runs: Mapping[str, Callable[[], object]]) -> dict[str, timing.Timing]:
-    return timing.interleaved(runs, device=bench.device, warmup=bench.args.warmup, repeats=bench.args.repeats)
+    options = {"warmup": bench.args.warmup, "repeats": bench.args.repeats, "limit_s": SAMPLING_S * len(runs)}
+    return timing.interleaved(runs, device=bench.device, **options)
 
 
 def _in_turn(calls: Sequence[Call]) -> Callable[[], object]:
@@ -349,7 +365,7 @@ def _run(bench: Bench, r: _Ready, launch_s: float) -> tuple[Callable[[], object]
     if bench.device.type == "cuda" and launch_s <= MAX_GRAPHED_CALL_S:
         try:
             r.row["form"] = "graph"
-            return capture(r.calls)
+            return timing.graph_sample(r.calls)
         except RuntimeError as error:
             if _is_out_of_memory(error):
                 raise
@@ -363,21 +379,3 @@ def _run(bench: Bench, r: _Ready, launch_s: float) -> tuple[Callable[[], object]
             call()
 
     return all_calls, len(r.calls)
-
-
-def capture(calls: Sequence[Call]) -> tuple[Callable[[], object], int]:
-    """(replay, calls in it): the calls in turn, round and round until a CUDA graph holds at least 20. They have run
-    before, so nothing is compiled inside."""
-    rounds = -(-timing.MIN_GRAPH_CALLS // len(calls))
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries make their workspaces on the stream that they first see
-        calls[0]()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        for _ in range(rounds):
-            for call in calls:
-                call()
-    return graph.replay, rounds * len(calls)

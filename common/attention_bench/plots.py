@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -185,8 +186,8 @@ def _draw_roof(ax: Any, known: Ceilings, dtype: str, intensities: Sequence[float
     low, high = min(*intensities, ridge) / 1.5, max(*intensities, ridge) * 1.5
     xs = [low, ridge, high]
     (line,) = ax.plot(xs, [min(peak, x * bandwidth / 1e3) for x in xs], color=plots.CEILING_COLOUR, linestyle="--")
-    first, last = int(low).bit_length() - 1, int(high).bit_length()
-    plots.log2_axis(ax, [2.0**e for e in range(max(first, 0), last + 1)])
+    first, last = math.floor(math.log2(low)), math.ceil(math.log2(high))
+    plots.log2_axis(ax, [2.0**e for e in range(first, last + 1)])
     plots.log_axis(ax)
     text = f"roof: {bandwidth:,.4g} GB/s, {peak:,.3g} TFLOP/s, ridge at {ridge:.3g} FLOP per byte"
     return [Line2D([], [], color=line.get_color(), linestyle="--", label=text)]

@@ -65,7 +65,8 @@ def leaders_text(rows: Sequence[Row], x: str, y: str, limit: int = 4) -> str:
     text = f"fastest: {leaders[0][0]['backend']}"
     for at, _, _, new in crossings[:limit]:
         text += f" to ~{round_size(at)}, then {new}"
-    return text + (f" and {len(crossings) - limit} more changes" if len(crossings) > limit else "")
+    more = len(crossings) - limit
+    return text + (f" and {more} more change{'s' * (more > 1)}" if more > 0 else "")
 
 
 def round_size(value: float) -> str:
@@ -118,3 +119,12 @@ def notes(rows: Sequence[Row], x: str, missing: Mapping[str, str]) -> list[str]:
             where += f" ({', '.join(configs)})"
         said.setdefault(f"{status}{where}: {part[0]['note']}", []).append(name)
     return lines + [f"{', '.join(names)} {what}" for what, names in said.items()]
+
+
+def compile_times(rows: Sequence[Row]) -> str:
+    """A sentence on what was compiled while the rows were measured: no part of any time; empty where nothing was."""
+    seconds: dict[str, float] = {}
+    for row in rows:
+        seconds[row["backend"]] = seconds.get(row["backend"], 0.0) + (row["jit_s"] or 0.0)
+    parts = [f"{name} {spent:.0f} s" for name, spent in seconds.items() if spent >= 0.5]
+    return f"compiled first, not part of any time: {', '.join(parts)}" if parts else ""

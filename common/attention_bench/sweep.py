@@ -106,6 +106,9 @@ def _tell(bench: Bench, parts: Sequence[tuple[Sweep, results.ResultFile]], colum
         print(f"{sweep.title}")
         print(*(f"  {line}" for line in attention_report.conclusion(file.rows, sweep.axis, y, unit)), sep="\n")
         print(*(f"  {line}" for line in attention_report.notes(file.rows, sweep.axis, {})), sep="\n")
+    compiled = attention_report.compile_times([row for _, file in parts for row in file.rows])
+    if compiled:
+        print(compiled)
     for sweep, file in parts:
         cli.print_written(file.path, file.json_path)
         if not bench.args.no_plot:

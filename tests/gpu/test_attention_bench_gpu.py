@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from common import timing
 from common.attention_bench import backends as attention_backends
-from common.attention_bench import measure as attention_bench
 from common.attention_bench.backends.base import DecodeCase, PrefillCase
 from common.attention_bench.backends.reference import TOLERANCE, reference, relative_error
 from common.attention_bench.options import Heads
@@ -58,8 +58,8 @@ def test_backend_is_right_and_can_be_captured(name, phase, dtype):
             continue
         assert error < TOLERANCE[dtype], (case.heads, case.kv_lens, getattr(case, "page_size", None))
         done += 1
-        replay, count = attention_bench.capture([call, call])
-        replay()
+        graph, count = timing.capture([call, call])
+        graph.replay()
         torch.cuda.synchronize()
         assert count == 20
     print(f"{name}, {phase}: {done} cases right; refused: {sorted(set(refused))}")

@@ -56,7 +56,8 @@ class FlashAttn(CudaBackend):
         if reason:
             return reason
         try:
-            self._module()
+            if not hasattr(self._module(), "flash_attn_func"):  # flash-attn 4 alone leaves an empty `flash_attn`
+                return f"not installed: {self.install}"
         except Exception as error:  # built for another torch, driver or card: whatever it raises, it is not usable
             return f"cannot be imported ({str(error).strip().splitlines()[0] if str(error) else type(error).__name__})"
         return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,17 @@ def bind_operator(op: Any, values: dict[str, Any]) -> list[Any]:
 
 
 class VllmFlashAttn(CudaBackend):
-    def __init__(self, version: int, page_multiple: int):
+    def __init__(self, version: int, page_multiple: int, majors: Sequence[int]):
         self.name, self.stem, self.page_multiple = f"vllm-flash-attn-{version}", f"_vllm_fa{version}_C", page_multiple
+        self.majors = majors  # of the compute capability
 
     def missing(self, device: torch.device) -> str | None:
         path = find_library(self.stem)
         if path is None:
             return "not installed: pip install vllm"
         reason = super().missing(device)
+        if reason is None and torch.cuda.get_device_capability(device)[0] not in self.majors:
+            reason = f"needs compute capability {' or '.join(f'{major}.x' for major in self.majors)}"
         if reason:
             return reason
         try:
@@ -91,7 +95,7 @@ class VllmFlashAttn(CudaBackend):
 
 class VllmFlashAttn2(VllmFlashAttn):
     def __init__(self) -> None:
-        super().__init__(2, page_multiple=16)
+        super().__init__(2, page_multiple=16, majors=(8, 9, 10, 11, 12))
 
     def prepare(self, case: Case) -> Prepared:
         operators, common = self._operators(), {"softmax_scale": case.heads.head_dim**-0.5}
@@ -125,7 +129,7 @@ class VllmFlashAttn2(VllmFlashAttn):
 
 class VllmFlashAttn3(VllmFlashAttn):
     def __init__(self) -> None:
-        super().__init__(3, page_multiple=1)
+        super().__init__(3, page_multiple=1, majors=(9,))
 
     def prepare(self, case: Case) -> Prepared:
         op, scale = self._operators().fwd.default, {"softmax_scale": case.heads.head_dim**-0.5}

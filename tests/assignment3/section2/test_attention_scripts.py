@@ -111,6 +111,26 @@ def test_the_picture_follows_the_csv(made, tmp_path):
     assert attention_plots.draw_sweep(path, "seq_len", "tflops", "t", "x").read_bytes() != first == again
 
 
+def test_the_roofline_shows_every_point(made, tmp_path, monkeypatch):
+    """Decode without grouped heads in float32 does half an operation a byte, far to the left of 1."""
+    out, *_ = made
+    for name in HEADERS:
+        shutil.copy(out / f"{name}.json", tmp_path)
+        rows = table(out / f"{name}.csv")
+        with open(tmp_path / f"{name}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(row | ({"flop_per_byte": 0.49} if "decode" in name else {}) for row in rows)
+    saved = []
+    monkeypatch.setattr(attention_plots.plots, "save", lambda fig, path, footer: saved.append(fig))
+    attention_plots.draw_roofline(tmp_path)
+    (ax,) = saved[0].axes
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    rows = [row for name in HEADERS for row in table(tmp_path / f"{name}.csv") if row["status"] == "ok"]
+    points = [(float(row["flop_per_byte"]), float(row["tflops"])) for row in rows]
+    assert all(left < x < right and bottom < y < top for x, y in points) and min(points)[0] == 0.49
+
+
 def test_missing_backends_are_skipped_by_name_with_exit_0(tmp_path, made):
     names = "torch-cudnn,torch-math"
     done = run(PREFILL, *TINY, "--seq-lens", 16, "--batch-sizes", 1, "--backends", names, "--out", tmp_path)

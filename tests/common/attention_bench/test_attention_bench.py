@@ -1,6 +1,7 @@
 """Measuring: right before timed, a row for whatever happens, the gate, and what the rows are made to say."""
 
 import argparse
+import dataclasses
 
 import pytest
 import torch
@@ -141,6 +142,103 @@ def test_wrong_outputs_end_in_a_failed_check(status):
     rows = [{"status": OK, "backend": "a", "note": None}, {"status": status, "backend": "b", "note": "why"}]
     with pytest.raises(CheckFailed, match=f"1 of 2 points {status}: b \\(why\\)"):
         attention_sweep._verdict(argparse.Namespace(device=CPU), rows)
+
+
+# --- the path of a GPU, walked on a CPU -------------------------------------------------------------------------------
+@pytest.fixture
+def as_if_cuda(monkeypatch):
+    """A bench whose device says cuda while its tensors are on the CPU; graphs hold 20 calls and run them."""
+    monkeypatch.setattr(attention_bench, "free_bytes", lambda device: 1 << 34)
+    monkeypatch.setattr(timing, "_is_cuda", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    made = bench(ceilings=dataclasses.replace(CEILINGS, device_type="cuda", tflops={"float32": {"burst": 1e9}}))
+    made.device = torch.device("cuda")
+
+    def graph_sample(calls):
+        rounds = -(-20 // len(calls))
+
+        def replay():
+            for call in [*calls] * rounds:
+                call()
+
+        return replay, rounds * len(calls)
+
+    monkeypatch.setattr(timing, "graph_sample", graph_sample)
+    return made
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass when a test says so, and a microsecond whenever somebody looks."""
+    now = {"s": 0.0}
+
+    def read():
+        now["s"] += 1e-6
+        return now["s"]
+
+    monkeypatch.setattr(timing.time, "perf_counter", read)
+    return now
+
+
+def test_a_call_s_time_is_a_share_of_the_graph_s(as_if_cuda, clock):
+    def takes_a_millisecond(out):
+        clock["s"] += 1e-3
+        return out
+
+    row = attention_bench.measure_case(as_if_cuda, CASE, [Faked("a", takes_a_millisecond)])["a"]
+    assert row["form"] == "graph" and row["status"] == OK
+    assert row["time_us"] == pytest.approx(1e3, rel=0.01) and row["launch_us"] == pytest.approx(1e3, rel=0.01)
+
+
+def test_what_cannot_be_captured_is_timed_by_launches_and_says_so(as_if_cuda, monkeypatch):
+    def refuse(calls):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(timing, "graph_sample", refuse)
+    row = attention_bench.measure_case(as_if_cuda, CASE, [Faked("a")])["a"]
+    assert (row["status"], row["form"]) == (OK, "launch") and row["note"].startswith("not captured: operation not")
+
+    def full(calls):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(timing, "graph_sample", full)
+    row = attention_bench.measure_case(as_if_cuda, CASE, [Faked("a")])["a"]
+    assert row["status"] == OUT_OF_MEMORY and row["time_us"] is None
+
+
+class Compiling(Faked):
+    """Takes 30 seconds longer to prepare on the occasions that are counted in `slow`; may fail after that."""
+
+    def __init__(self, clock, slow=(0,), error=None):
+        super().__init__("compiling")
+        self.clock, self.slow, self.error, self.count = clock, slow, error, 0
+
+    def prepare(self, case):
+        self.clock["s"] += 30.1 if self.count in self.slow else 0.1
+        self.count += 1
+        if self.error is not None:
+            raise self.error
+        return super().prepare(case)
+
+
+def test_compilation_is_told_from_the_call_whenever_it_happens(as_if_cuda, clock):
+    backend = Compiling(clock, slow=(0, 3))  # a first point prepares twice, to tell; others once unless they were slow
+    found = [attention_bench.measure_case(as_if_cuda, CASE, [backend])["compiling"]["jit_s"] for _ in range(4)]
+    assert found == [pytest.approx(30, rel=0.01), None, pytest.approx(30, rel=0.01), None] and backend.count == 6
+    rows = [{"backend": "a", "jit_s": 29.6}, {"backend": "b", "jit_s": None}, {"backend": "c", "jit_s": 0.1}]
+    assert attention_report.compile_times(rows) == "compiled first, not part of any time: a 30 s"
+    assert attention_report.compile_times(rows[1:]) == ""
+
+
+def test_what_compiles_in_vain_is_not_compiled_again_at_every_size(as_if_cuda, clock):
+    backend = Compiling(clock, error=RuntimeError("ninja: build stopped"))
+    rows = [attention_bench.measure_case(as_if_cuda, CASE, [backend])["compiling"] for _ in range(3)]
+    assert backend.count == 1 and {row["status"] for row in rows} == {UNSUPPORTED}
+    assert rows[2]["note"] == "ninja: build stopped (not tried again: it failed after 30 s)"
+    quick = Compiling(clock, slow=(), error=RuntimeError("batch 1 only"))
+    for _ in range(3):
+        assert attention_bench.measure_case(bench(), CASE, [quick])["compiling"]["note"] == "batch 1 only"
+    assert quick.count == 3, "another size may do"
 
 
 # --- what the rows say -----------------------------------------------------------------------------------------------
