@@ -10,12 +10,18 @@ from common.errors import UserError
 
 def cache_dir() -> Path:
     """`$TLAB_CACHE`, else the platform's cache folder for "transformers-lab"; made if it is not there."""
-    import platformdirs
-
     named = os.environ.get("TLAB_CACHE")
-    folder = Path(named).expanduser() if named else Path(platformdirs.user_cache_dir("transformers-lab"))
+    folder = Path(named).expanduser() if named else _platform_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cache folder {folder}: {error.strerror}; set TLAB_CACHE to a folder you can write") from None
     return folder
+
+
+def _platform_folder() -> Path:
+    try:
+        import platformdirs
+    except ImportError:  # a machine that was set up for something else; this is what it gives on Linux
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transformers-lab"
+    return Path(platformdirs.user_cache_dir("transformers-lab"))

@@ -9,11 +9,10 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
-
 from common.errors import UserError
 from common.grading.lab import Lab
 from common.grading.rewrite import find_lacking, rewrite
+from common.paths import cache_dir
 
 HERE = Path(__file__).resolve().parent
 EMULATION, HARNESS = HERE / "emulation", HERE / "harness"
@@ -64,9 +63,8 @@ def _run(command: list[str], cwd: Path) -> subprocess.CompletedProcess:
 
 
 def _cache_folder() -> Path:
-    base = os.environ.get("TLAB_CACHE") or platformdirs.user_cache_dir("transformers-lab")
-    folder = Path(base) / "grading"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = cache_dir() / "grading"
+    folder.mkdir(exist_ok=True)
     return folder
 
 

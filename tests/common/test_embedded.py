@@ -355,6 +355,12 @@ def test_the_cache_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("TLAB_CACHE")
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: str(tmp_path / name))
     assert cache_dir() == tmp_path / "transformers-lab"
+    monkeypatch.setitem(sys.modules, "platformdirs", None)  # importing it fails
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_dir() == tmp_path / "xdg" / "transformers-lab"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_dir() == tmp_path / "home" / ".cache" / "transformers-lab"
 
 
 def test_no_room_on_the_disk_is_said_before_the_conversion(tmp_path, monkeypatch):
