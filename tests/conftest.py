@@ -62,6 +62,12 @@ class _LivelyWeights:
 
 
 @pytest.fixture(scope="session")
+def lively_weights():
+    """config -> a source of random weights in proportions that make attention decide."""
+    return _LivelyWeights
+
+
+@pytest.fixture(scope="session")
 def lively():
     """(model, tokenizer) of the smallest shape whose greedy tokens depend on the whole context; float32, CPU."""
     config = dataclasses.replace(SHAPES["tiny"], tie_word_embeddings=False)

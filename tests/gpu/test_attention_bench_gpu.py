@@ -23,12 +23,14 @@ NAMES = [(b.name, phase) for b in attention_backends.ALL for phase in b.phases]
 
 
 def cases(phase, dtype):
-    for heads in HEADS:
+    """All shapes in bfloat16, one of each kind in float16: every head size, page size and dtype is compiled anew."""
+    whole = dtype == torch.bfloat16
+    for heads in HEADS if whole else HEADS[1:2]:  # without grouped heads, which some of torch's kernels refuse
         if phase == "prefill":
             yield PrefillCase(heads, (200, 200, 200), (200, 200, 200), dtype, CUDA)
             yield PrefillCase(heads, (1, 77, 300), (65, 77, 1000), dtype, CUDA)
         else:
-            for page_size in (1, 16, 256):
+            for page_size in (1, 16, 256) if whole and heads == HEADS[0] else (16,):
                 yield DecodeCase(heads, (1024,) * 4, page_size, dtype, CUDA)
                 yield DecodeCase(heads, (1, 17, 999, 2500, 256), page_size, dtype, CUDA)
 
@@ -38,6 +40,8 @@ def cases(phase, dtype):
 def test_backend_is_right_and_can_be_captured(name, phase, dtype):
     backend = attention_backends.BY_NAME[name]
     reason = backend.missing(CUDA)
+    if reason is None and name.startswith("flashinfer") and dtype == torch.float16:
+        reason = "compiles for minutes for each dtype"
     if reason:
         pytest.skip(f"{name}: {reason}")
     done, refused = 0, []
@@ -69,9 +73,15 @@ def test_backend_is_right_and_can_be_captured(name, phase, dtype):
     assert done, f"{name} refused every case: {sorted(set(refused))}"
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Where both scripts keep the ceilings, measured once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.mark.parametrize("script", ["flashattention_single_layer", "flashattention_decode"])
-def test_script_measures_in_graphs_below_the_ceiling(script, tmp_path, monkeypatch):
-    monkeypatch.setenv("TLAB_CACHE", str(tmp_path / "cache"))
+def test_script_measures_in_graphs_below_the_ceiling(script, cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("TLAB_CACHE", str(cache))
     command = [sys.executable, str(SECTION2 / f"{script}.py"), "--preset", "quick", "--config", "llama3-8b"]
     done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
