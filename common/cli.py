@@ -106,10 +106,16 @@ def build_parser(
 
 def build_plot_parser(doc: str | None) -> argparse.ArgumentParser:
     """The options of a script that only draws: where the CSVs are and the picture goes, and --debug."""
-    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = build_bare_parser(doc)
     parser.add_argument(
         "--out", type=_nonempty, metavar="DIR", help="folder of the CSVs (default: results/ beside the script)"
     )
+    return parser
+
+
+def build_bare_parser(doc: str | None) -> argparse.ArgumentParser:
+    """What `run` needs and no more: --debug."""
+    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

@@ -1,16 +1,23 @@
 """The simulator's formulas against counts made another way, its clock, and its router."""
 
 import json
-from dataclasses import replace
+import random
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
+from assignment4.Section1.chunked_scheduler import Scheduler as ChunkedScheduler
 from assignment4.Section1.continous_scheduler import Scheduler
 from common import simulate
+from common.batching import request_sets
 from common.config import SHAPES
 from common.errors import UserError
 from common.serving import Chunk, InputRequest, Request, Work
 
+ROOT = Path(__file__).resolve().parents[2]
 TINY = SHAPES["tiny"]
 # Round numbers: 1 GB/s and 1 TFLOP/s, so that bytes and operations can be read off the result.
 PLAIN = simulate.Machine("plain", 1.0, 1.0, "float32", 1.0, 0.0)
@@ -125,17 +132,111 @@ def test_router_avoids_a_replica_that_is_busy_with_long_requests():
     assert {r.request_id for r in loops[1].completed} >= set(range(3, 44))
 
 
-def test_fit_finds_the_overhead_and_check_its_errors():
-    true = simulate.StepModel(replace(simulate.MACHINES["cpu2"], overhead_s=7e-3), TINY)
-    works = [Work(0, n, n, 100 * n, 0) for n in range(1, 40)]
-    measured = [(work, true.time_s(work)) for work in works]
+# --- the check against a measured run --------------------------------------------------------------------------------
+def measured_by(model, works):
+    return [simulate.Measured("chunked", work.kind, work, model.time_s(work)) for work in works]
+
+
+def test_fit_finds_both_overheads_and_check_its_errors():
+    true = simulate.StepModel(replace(simulate.MACHINES["cpu2"], overhead_s=7e-3, request_overhead_s=2e-4), TINY)
+    works = [Work(5 * (n % 3), n, n + (n % 3 > 0), 100 * n, 10 * (n % 3)) for n in range(1, 40)]
+    measured = measured_by(true, works)
     fitted = simulate.fit_overhead(simulate.StepModel(simulate.MACHINES["cpu2"], TINY), measured)
     assert fitted.machine.overhead_s == pytest.approx(7e-3)
+    assert fitted.machine.request_overhead_s == pytest.approx(2e-4)
     assert simulate.errors(fitted, measured) == pytest.approx((0, 0), abs=1e-9)
-    slower = [(work, 2 * time) for work, time in measured]
+    slower = [it._replace(time_s=2 * it.time_s) for it in measured]
     assert simulate.errors(fitted, slower) == pytest.approx((0.5, -0.5))
+    all_alike = simulate.fit_overhead(true, measured[11:12] * 5)  # here a step's and a request's cannot be told apart
+    assert simulate.errors(all_alike, measured[11:12]) == pytest.approx((0, 0), abs=1e-9)
 
 
+def test_a_machine_faster_than_its_model_has_no_overhead_below_zero():
+    model = simulate.StepModel(replace(simulate.MACHINES["cpu2"], overhead_s=0.0), TINY)
+    works = [Work(0, n, n, 100 * n, 0) for n in range(1, 40)]
+    faster = [it._replace(time_s=0.7 * it.time_s) for it in measured_by(model, works)]
+    machine = simulate.fit_overhead(model, faster).machine
+    assert (machine.overhead_s, machine.request_overhead_s) == (0, 0)
+
+
+def test_one_step_during_which_the_machine_stood_still_does_not_spoil_the_fit():
+    true = simulate.StepModel(simulate.MACHINES["h200"], SHAPES["llama3-8b"])
+    works = [Work(0, n % 32 + 1, n % 32 + 1, 400 * (n % 32 + 1), 0) for n in range(2000)]
+    measured = measured_by(true, works)
+    measured[1000] = measured[1000]._replace(time_s=0.05)
+    fitted = simulate.fit_overhead(true, measured)
+    assert simulate.errors(fitted, measured_by(true, works))[0] < 0.01
+
+
+def write_iterations(path, machine, *, noise=0.0, seed=0):
+    """What a run of the chunked scheduler on `machine` would have measured, its step times spread by `noise`."""
+    draw = random.Random(seed)
+    engine = simulate.SimulatedEngine(simulate.StepModel(machine, SHAPES["llama3-8b"]))
+    loop = ChunkedScheduler(engine, 512, 32)
+    for request in request_sets.lognormal(60, seed=1):
+        loop.add_req(request)
+    loop.run()
+    columns = ["policy", "iteration", "time_us", "kind", *simulate.WORK_COLUMNS]
+    lines = [
+        ["chunked", i, it.time_us * draw.uniform(1 - noise, 1 + noise), it.work.kind, *asdict(it.work).values()]
+        for i, it in enumerate(loop.iterations)
+    ]
+    path.write_text("".join(",".join(map(str, line)) + "\n" for line in [columns, *lines]))
+
+
+def check(path, *options):
+    command = [sys.executable, "-m", "common.simulate", "--simulate", "h200:llama3-8b", "--check", str(path), *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_check_accepts_a_run_like_the_model(tmp_path):
+    """Another overhead, which is what may be fitted, a little less bandwidth, and noise."""
+    h200 = simulate.MACHINES["h200"]
+    machine = replace(h200, overhead_s=9e-4, request_overhead_s=3e-5, memory_gb_per_s=0.95 * h200.memory_gb_per_s)
+    write_iterations(tmp_path / "i.csv", machine, noise=0.1)
+    done = check(tmp_path / "i.csv", "--save", str(tmp_path / "machine.json"))
+    assert done.returncode == 0, done.stderr
+    assert "at most 15 % is allowed" in done.stdout and "(at most 10 %)" in done.stdout
+    assert {line.split()[1] for line in done.stdout.splitlines() if line.startswith("chunked")} == {
+        "decode", "mixed", "prefill",
+    }  # fmt: skip
+    saved, shape = simulate.parse(f"{tmp_path}/machine.json:llama3-8b")
+    assert shape == "llama3-8b" and saved.memory_gb_per_s == h200.memory_gb_per_s
+    assert saved.overhead_s + 16 * saved.request_overhead_s == pytest.approx(9e-4 + 16 * 3e-5, rel=0.4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tflops": 680.0 / 2.5},  # long steps are wrong, the short ones can be fitted: the total time tells
+        {"memory_gb_per_s": 4590.0 * 2.5},  # faster than the model: no overhead makes up for that
+    ],
+)
+def test_check_fails_for_a_machine_that_the_model_is_wrong_about(change, tmp_path):
+    write_iterations(tmp_path / "i.csv", replace(simulate.MACHINES["h200"], **change))
+    done = check(tmp_path / "i.csv")
+    assert done.returncode == 1, done.stdout
+    assert "check failed: a step's time is wrong by" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "i.csv"),
+        ("policy,kind,time_us\nchunked,decode,5\n", "no column prefill_tokens"),
+        ("policy,kind,time_us," + ",".join(simulate.WORK_COLUMNS) + "\n", "no iterations"),
+        ("policy,kind,time_us," + ",".join(simulate.WORK_COLUMNS) + "\na,decode,x,1,1,1,1,1\n", "time_us is 'x'"),
+        ("policy,kind,time_us," + ",".join(simulate.WORK_COLUMNS) + "\na,decode,0,1,1,1,1,1\n", "not above 0"),
+    ],
+)
+def test_check_of_a_file_without_iterations(text, message, tmp_path):
+    if text is not None:
+        (tmp_path / "i.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        simulate.read_measured(tmp_path / "i.csv")
+
+
+# --- machines --------------------------------------------------------------------------------------------------------
 def test_machines_by_name_and_from_a_file(tmp_path):
     assert simulate.parse("h200:llama3-70b")[1] == "llama3-70b"
     assert simulate.parse("cpu2") == (simulate.MACHINES["cpu2"], "smollm2-135m")
@@ -152,7 +253,7 @@ def test_machines_by_name_and_from_a_file(tmp_path):
     assert shape == "tiny" and machine.name == "Some GPU"
     assert (machine.memory_gb_per_s, machine.tflops, machine.dtype) == (1000, 300, "bfloat16")
     (tmp_path / "flat.json").write_text(
-        json.dumps(ceilings | {"device_type": "cpu", "tflops": {"float32": {"sustained": 2}}})
+        json.dumps(ceilings | {"device_type": "cpu", "tflops": {"float32": {"burst": 2, "sustained": 1}}})
     )
     machine, shape = simulate.parse(f"{tmp_path}/flat.json")
     assert (machine.dtype, machine.tflops, shape) == ("float32", 2, "smollm2-135m")
