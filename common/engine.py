@@ -28,7 +28,10 @@ from common.pages import pages_for
 from common.sampling import sample
 from common.serving import Chunk, Request, release_pages, reserve_pages
 
-CPU_KV_SHARE = 0.25  # of free memory, where --kv-memory is not given: a laptop has other things to do
+# Of the memory that is free beside weights, graphs and the largest step, where --kv-memory is not given: a GPU is ours
+# but for what fragments, a laptop has other things to do.
+KV_SHARE = {"cuda": 0.96, "cpu": 0.25}
+GRAPHS_BYTES = 600e6  # set aside for CUDA graphs, which are captured over the pool and so cannot be measured before it
 
 
 class EngineStep:
@@ -82,6 +85,8 @@ class Engine:
         self.max_context = model.config.max_position_embeddings
         self.max_requests = max_requests
         reserve_memory(self.backend, model.device)
+        self._free_for_pages: float | None = None  # bytes beside weights, graphs and the largest step, if asked for
+        self._captures = graphs and self.backend.captures
         self.is_asynchronous = model.device.type == "cuda"  # a CPU computes the step while it is launched
         if num_pages is None:
             num_pages = self._pages_that_fit(kv_memory, max_step_tokens)
@@ -107,7 +112,7 @@ class Engine:
         self._known_pages: dict[Request, int] = {}  # how many of a request's pages the device's table has
         self._upload = Upload(model.device)
         self._start = time.perf_counter()
-        self.graphs = DecodeGraphs(self) if graphs and self.backend.captures else None
+        self.graphs = DecodeGraphs(self) if self._captures else None
 
     # --- what a scheduler asks ---------------------------------------------------------------------------------------
     @property
@@ -213,13 +218,10 @@ class Engine:
     def _pages_that_fit(self, share: float | None, max_step_tokens: int) -> int:
         """Pages in a share of what is free beside the largest step's own memory; never more than could be used."""
         device = self.model.device
-        needed_by_a_step = 0
-        if device.type == "cuda":
-            needed_by_a_step = self._trial_bytes(max_step_tokens)
-            share = 0.95 if share is None else share
-        else:
-            share = CPU_KV_SHARE if share is None else share
-        budget = (free_bytes(device) - needed_by_a_step) * share
+        step = self._trial_bytes(max_step_tokens) if device.type == "cuda" else 0
+        self._free_for_pages = free_bytes(device) - step
+        budget = self._free_for_pages - (GRAPHS_BYTES if self._captures else 0)
+        budget *= KV_SHARE[device.type] if share is None else share
         page = DistKVPool.page_bytes(self.model.config, self.page_size, self.model.dtype)
         useful = self.max_requests * pages_for(self.max_context, self.page_size)
         return min(int(budget // page), useful)
@@ -229,7 +231,6 @@ class Engine:
         """Memory that a step of `num_tokens` takes beside weights and KV: its largest moment, measured."""
         device = self.model.device
         width = self.model.config.q_size
-        num_tokens = min(num_tokens, self.max_context)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         tokens = torch.zeros(num_tokens, dtype=torch.int64, device=device)
@@ -247,10 +248,34 @@ class Engine:
                 f"{human_bytes(max(num_pages, 1) * page)}; {human_bytes(free)} are free"
             )
 
+    def capture_graphs(self, max_batch_size: int) -> str:
+        """Capture the graphs of all decode batches up to this size now, so that no timed step does; what it took, in
+        words. Without graphs nothing, and "".
+        """
+        if self.graphs is None:
+            return ""
+        start, before = time.perf_counter(), free_bytes(self.model.device)
+        count = self.graphs.capture(min(max_batch_size, self.max_requests))
+        torch.cuda.synchronize(self.model.device)
+        taken = max(before - free_bytes(self.model.device), 0)
+        if self._free_for_pages is not None:
+            self._free_for_pages -= taken
+        return f"CUDA graphs: {count} captured in {time.perf_counter() - start:.1f} s, {human_bytes(taken)}"
+
+    @property
+    def pool_share(self) -> float | None:
+        """The pool's bytes in what is free beside weights, graphs and the largest step; None where that was not asked
+        for, because the number of pages was given.
+        """
+        return None if self._free_for_pages is None else self.pool.num_bytes / self._free_for_pages
+
     def describe_pool(self) -> str:
         """The pool in pages, tokens and bytes, for printing."""
-        tokens = self.pool.capacity * self.page_size
+        tokens, capacity = self.pool.capacity * self.page_size, self.pool.capacity
+        share = "" if self.pool_share is None else f" ({self.pool_share:.1%} of what is free for it)"
+        enough = self.max_requests * pages_for(self.max_context, self.page_size)
+        full = f", all that {self.max_requests} requests can use" if capacity == enough else ""
         return (
-            f"KV pool: {self.pool.capacity:,} pages of {self.page_size} tokens = {tokens:,} tokens, "
-            f"{human_bytes(self.pool.num_bytes)}; attention: {self.backend.name} ({self.backend.reason})"
+            f"KV pool: {capacity:,} pages of {self.page_size} tokens = {tokens:,} tokens, "
+            f"{human_bytes(self.pool.num_bytes)}{share}{full}; attention: {self.backend.name} ({self.backend.reason})"
         )

@@ -8,10 +8,12 @@ Then the budget is swept (--budgets). What it trades shows when requests do not 
 process at 70 % of the throughput just measured (or at --rate): small budgets give short gaps and late first tokens.
 
 Writes results/chunked_{requests,iterations,slots,summary}.csv and chunked_iterations.png: every step's time, by what it
-computed, and the gaps between tokens; chunked_budgets.{csv,png}: first tokens, gaps and throughput by budget.
+computed, and the gaps between tokens; chunked_budgets.{csv,png}: first tokens, gaps and throughput by budget. With
+--load the chunked run once more, not all at once; with --scale chunked_scale.{csv,png}: throughput against requests in
+flight and against context; with --trace FILE a timeline of one more run, and how busy the device was in it.
 
     python assignment4/Section1/chunked_main.py
-    python assignment4/Section1/chunked_main.py --simulate h200:llama3-8b --req-batch-size 64
+    python assignment4/Section1/chunked_main.py --simulate h200:llama3-8b --req-batch-size 64 --scale
 """
 
 import sys
@@ -24,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from assignment4.Section1.chunked_scheduler import Scheduler as ChunkedScheduler
 from assignment4.Section1.continous_scheduler import Scheduler as ContinuousScheduler
 from common import cli, results
-from common.batching import experiment, request_sets
+from common.batching import experiment, peers, request_sets, scale
 from common.batching.files import ITERATION_COLUMNS, REQUEST_COLUMNS, SUMMARY_COLUMNS, Files, Policy
-from common.batching.peers import compare
+from common.batching.setup import prepare
+from common.errors import UserError
 
 PRESETS = {
     "quick": {"req_batch_size": 3, "token_batch_size": 16, "budgets": [8, 32], "repeats": 1},
@@ -42,7 +45,7 @@ SET_SHAPES = {
 SWEEP_LOAD = 0.7  # of the throughput: near 1 everybody queues, far below nobody meets anybody
 CONTINUOUS, CHUNKED = "continuous", "chunked"
 BUDGET_KEY = ("policy", "token_budget", "rate")
-BUDGET_COLUMNS = (*BUDGET_KEY, *SUMMARY_COLUMNS[2:])
+BUDGET_COLUMNS = (*BUDGET_KEY, *(column for column in SUMMARY_COLUMNS if column not in BUDGET_KEY))
 SHOWN_COLUMNS = (
     *("policy", "token_budget", "requests", "output_tokens", "time", "tokens_per_s", "ttft_p50_s", "ttft_p99_s"),
     *("tpot_p50_s", "itl_p50_s", "itl_p99_s", "max_itl_s", "goodput", "mean_running", "pages_peak", "preemptions"),
@@ -50,42 +53,89 @@ SHOWN_COLUMNS = (
 
 
 def main(args):
-    setup = experiment.prepare(args, __file__, PRESETS)
+    if args.trace:
+        cli.check_output_file(args.trace, "--trace")
+        if args.simulate:
+            raise UserError("--trace: a simulated machine runs no kernels; leave --simulate out")
+    if args.scale and args.replicas != 1:
+        raise UserError("--scale: counts the requests of one machine; leave --replicas out")
+    sizes = {name: preset | (scale.PRESETS[name] if args.scale else {}) for name, preset in PRESETS.items()}
+    setup = prepare(args, __file__, sizes)
     requests = experiment.read_requests(args, setup, REQUESTS, SET_SHAPES)
-    whole = Policy(CONTINUOUS, partial(ContinuousScheduler, req_batch_size=args.req_batch_size))
-    pieces = chunked_policy(args, args.token_batch_size)
-    record = setup.facts
-    files = Files(setup.out, "chunked", setup.suffix, record, resume=args.resume, compare=bool(args.compare))
-    budgets = results.ResultFile(
-        setup.out, f"chunked_budgets{setup.suffix}", BUDGET_COLUMNS, record, key=BUDGET_KEY, resume=args.resume
-    )
-    runs = []
+    files = Files(setup.out, "chunked", setup.suffix, setup.facts, resume=args.resume, compare=bool(args.compare))
+    budgets = result_file(args, setup, "budgets", BUDGET_COLUMNS, BUDGET_KEY)
+    scaling = result_file(args, setup, "scale", scale.COLUMNS, scale.KEY)
+    runs, failures, sentences = [], [], []
     with cli.keep_partial(args):
-        runs = experiment.serve_all([whole, pieces], setup, requests, args, files)
-        compare(args, setup, requests, files)
-        sweep = [whole, *(chunked_policy(args, budget) for budget in args.budgets)]
-        serve_arriving(sweep, setup, arriving(requests, files.summary.rows, args), args, budgets)
-    files.close()
-    budgets.close()
+        measure(args, setup, requests, files, budgets, scaling, runs, failures, sentences)
+    for file in (files, budgets, scaling):
+        file.close()
     if not files.summary.rows:
         return
     experiment.report(args, setup, files, runs, SHOWN_COLUMNS)
-    print(in_words(files.summary.rows))
+    experiment.say(in_words(files.summary.rows), *sentences, peers.in_words(files.summary.rows, CHUNKED))
+    show(args, files, budgets, scaling)
+    experiment.check(setup, files, failures)
+
+
+def measure(args, setup, requests, files, budgets, scaling, runs, failures, sentences):
+    """All that is measured, into the files and the three lists, so that Ctrl-C keeps what there is."""
+    whole, pieces = scheduler(CONTINUOUS, None, args.req_batch_size), chunked(args, args.token_batch_size)
+    peer = peers.hugging_face(args, setup)
+    runs += experiment.serve_all([whole, pieces], setup, requests, args, files, peer)
+    if args.load:
+        arriving_policy, timed = experiment.at_load(pieces, files.summary.rows, requests, args)
+        runs += experiment.serve_all([arriving_policy], setup, timed, args, files)
+        sentences.append(experiment.load_in_words(files.summary.rows, arriving_policy))
+    failures += experiment.compare_tokens(setup, runs, peer)
+    if args.trace:
+        from common.batching.trace import trace
+
+        serve = partial(experiment.serve, pieces, setup, requests, args)
+        sentences.append(trace(args.trace, serve, setup.engines[0], setup.device_type))
+        cli.print_written(args.trace)
+    sweep = [whole, *(chunked(args, budget) for budget in args.budgets)]
+    serve_arriving(sweep, setup, arriving(requests, files.summary.rows, args), args, budgets)
+    if args.scale:
+        measured = None if args.simulate else files.iterations.path
+        scale.measure(args, setup, partial(scheduler, CHUNKED), scaling, measured)
+    failures += peers.compare_vllm(args, setup, requests, files, peer, runs)
+
+
+def show(args, files, budgets, scaling):
+    """The sweeps' tables and what they mean; all pictures."""
     if budgets.rows:
         cli.print_table(budgets.rows, [c for c in BUDGET_KEY + SHOWN_COLUMNS[4:] if c != "preemptions"])
         cli.print_written(budgets.path)
         print(budgets_in_words(budgets.rows))
-    if not args.no_plot:
-        cli.print_written(draw_iterations(files.summary.path, files.requests.path, files.iterations.path))
-        if budgets.rows:
-            cli.print_written(draw_budgets(budgets.path))
-    experiment.check(setup, files, runs)
+    if scaling.rows:
+        cli.print_table(scaling.rows, [c for c in scale.COLUMNS if any(row[c] is not None for row in scaling.rows)])
+        cli.print_written(scaling.path)
+        print(scale.in_words(scaling.rows))
+    if args.no_plot:
+        return
+    cli.print_written(draw_iterations(files.summary.path, files.requests.path, files.iterations.path))
+    if budgets.rows:
+        cli.print_written(draw_budgets(budgets.path))
+    if scaling.rows:
+        cli.print_written(scale.draw(scaling.path))
 
 
-def chunked_policy(args, budget):
-    return Policy(
-        CHUNKED, partial(ChunkedScheduler, token_batch_size=budget, req_batch_size=args.req_batch_size), budget
+def result_file(args, setup, name, columns, key):
+    return results.ResultFile(
+        setup.out, f"chunked_{name}{setup.suffix}", columns, setup.facts, key=key, resume=args.resume
     )
+
+
+def scheduler(policy, token_budget, req_batch_size):
+    if token_budget is None:
+        return Policy(policy, partial(ContinuousScheduler, req_batch_size=req_batch_size))
+    make = partial(ChunkedScheduler, token_batch_size=token_budget, req_batch_size=req_batch_size)
+    return Policy(policy, make, token_budget)
+
+
+def chunked(args, budget):
+    return scheduler(CHUNKED, budget, args.req_batch_size)
 
 
 def arriving(requests, summary, args):
@@ -99,11 +149,11 @@ def arriving(requests, summary, args):
 
 
 def serve_arriving(policies, setup, requests, args, file):
-    rate = len(requests) / max(r.arrival_time for r in requests)
+    rate = experiment.arrival_rate(requests)
     for policy in policies:
         if not file.has(policy=policy.name, token_budget=policy.token_budget, rate=rate):
             runs = [experiment.serve(policy, setup, requests, args) for _ in range(args.repeats)]
-            file.append(rate=rate, **experiment.median_run(runs).summary)
+            file.append(**experiment.median_run(runs).summary)
 
 
 def in_words(rows):
@@ -244,14 +294,14 @@ def draw_budgets(budgets_csv):
         (axes[0], "first token (TTFT), s", ("ttft_p50_s", "ttft_p90_s"), 1),
         (axes[1], "gap between tokens (ITL), ms", ("itl_p50_s", "itl_p99_s"), 1e3),
     )
-    for ax, label, columns, scale in panels:
+    for ax, label, columns, factor in panels:
         for column in columns:
             percentile = column.split("_")[1]
-            values = [None if r[column] is None else scale * r[column] for r in chunked]
+            values = [None if r[column] is None else factor * r[column] for r in chunked]
             plots.band(ax, budgets, values, None, None, percentile)
             if whole and whole[column] is not None:
                 colour = ax.lines[-1].get_color()
-                ax.axhline(scale * whole[column], color=colour, ls=":", label=f"{percentile}, whole prompts")
+                ax.axhline(factor * whole[column], color=colour, ls=":", label=f"{percentile}, whole prompts")
         plots.log2_axis(ax, budgets)
         ax.set(xlabel="token budget", ylabel=f"{label} (log)", yscale="log")
         plain_ticks(ax.yaxis)
@@ -304,8 +354,15 @@ def plain_ticks(axis):
 
 
 if __name__ == "__main__":
-    parser = cli.build_parser(__doc__, sweeps={"--budgets": "token budgets to sweep"}, compare=("hf", "vllm"))
+    sweeps = {
+        "--budgets": "token budgets to sweep",
+        "--batch-sizes": "of --scale: requests in flight",
+        "--kv-lens": "of --scale: tokens of context",
+    }
+    parser = cli.build_parser(__doc__, sweeps=sweeps, compare=("hf", "vllm"))
     experiment.add_options(parser, REQUESTS)
+    parser.add_argument("--scale", action="store_true", help="sweep requests in flight and context too")
+    parser.add_argument("--trace", metavar="FILE", help="write a timeline of one more run (JSON for ui.perfetto.dev)")
     parser.add_argument(
         "--token-batch-size", type=experiment.at_least_one, metavar="N", help="tokens a step computes at most"
     )

@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from assignment4.Section1.continous_scheduler import NaiveScheduler, Scheduler
 from common import cli, distributed, results
-from common.batching import experiment
+from common.batching import experiment, peers
 from common.batching.files import SLOT_COLUMNS, SUMMARY_COLUMNS, Files, Policy
-from common.batching.peers import compare
+from common.batching.setup import prepare
 
 PRESETS = {
     "quick": {"req_batch_size": 3, "repeats": 1},
@@ -48,7 +48,7 @@ def main(args):
 
 
 def run(args, world=None):
-    setup = experiment.prepare(args, __file__, PRESETS, world)
+    setup = prepare(args, __file__, PRESETS, world)
     requests = experiment.read_requests(args, setup, REQUESTS, SET_SHAPES)
     slots = args.req_batch_size
     policies = [
@@ -58,20 +58,26 @@ def run(args, world=None):
     ]
     record = setup.facts
     files = Files(setup.out, "continous", setup.suffix, record, resume=args.resume, compare=bool(args.compare))
-    runs = []
+    peer = peers.hugging_face(args, setup)
+    runs, failures, at_load = [], [], ""
     # Several ranks cannot stop at different places and go on: there, Ctrl-C ends them all.
     with cli.keep_partial(args) if world is None else contextlib.nullcontext():
-        runs = experiment.serve_all(policies, setup, requests, args, files)
+        runs += experiment.serve_all(policies, setup, requests, args, files, peer)
+        if args.load:
+            arriving, timed = experiment.at_load(policies[-1], files.summary.rows, requests, args)
+            runs += experiment.serve_all([arriving], setup, timed, args, files)
+            at_load = experiment.load_in_words(files.summary.rows, arriving)
         if setup.writes:
-            compare(args, setup, requests, files)
+            failures += experiment.compare_tokens(setup, runs, peer)
+        failures += peers.compare_vllm(args, setup, requests, files, peer, runs)
     files.close()
     if not files.summary.rows:
         return
     experiment.report(args, setup, files, runs, SHOWN_COLUMNS)
-    print(in_words(files.summary.rows))
+    experiment.say(in_words(files.summary.rows), at_load, peers.in_words(files.summary.rows, CONTINUOUS))
     if not args.no_plot:
         cli.print_written(draw(files.summary.path, files.requests.path, files.slots.path))
-    experiment.check(setup, files, runs)
+    experiment.check(setup, files, failures)
 
 
 def in_words(rows):
@@ -99,7 +105,7 @@ def in_words(rows):
 def draw(summary_csv, requests_csv, slots_csv):
     from common import plots
 
-    summary = results.read_rows(summary_csv, SUMMARY_COLUMNS)
+    summary = [row for row in results.read_rows(summary_csv, SUMMARY_COLUMNS) if not experiment.is_at_load(row)]
     requests = results.read_rows(requests_csv, ["policy", "latency_s"])
     holds = results.read_rows(slots_csv, SLOT_COLUMNS)
     simulated = " (simulated)" if "_simulated" in summary_csv.name else ""

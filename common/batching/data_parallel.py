@@ -22,6 +22,8 @@ def check(args: Any, world: World) -> None:
     for option in ("resume", "simulate"):
         if getattr(args, option):
             raise UserError(f"--{option}: not under torchrun; start the script plainly")
+    if args.load:
+        raise UserError("--load: not under torchrun, whose ranks do not know the measured throughput")
     if args.compare:
         raise UserError("--compare: not under torchrun; a peer would have one device, ours several")
     world.require_same("option", vars(args))

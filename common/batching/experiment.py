@@ -1,4 +1,4 @@
-"""What continous_main.py and chunked_main.py share: options, the machine under the schedulers, one run, its rows.
+"""What continous_main.py and chunked_main.py share: options, requests, one run by one policy, its rows, its checks.
 
 The experiment itself (which policies, what is compared, what is drawn) stands in those scripts.
 """
@@ -6,21 +6,20 @@ The experiment itself (which policies, what is compared, what is drawn) stands i
 import argparse
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from common import cli, results, simulate
 from common.batching import data_parallel, request_sets
 from common.batching.files import Files, Policy, Run
 from common.batching.metrics import summarise
+from common.batching.peers import HuggingFace
 from common.batching.progress import Progress
-from common.batching.step_loop import MAX_PROMPT_TOKENS
-from common.config import SHAPES, ModelConfig
-from common.distributed import World
+from common.batching.setup import Setup
 from common.errors import CheckFailed, UserError
-from common.serving import InputRequest, Request, StepEngine
+from common.serving import InputRequest, Request
 
+AT_LOAD = " load"  # how the name of a policy ends whose requests arrive as `--load` says
 BACKENDS = ("auto", "torch", "triton", "flashinfer")
 
 
@@ -30,8 +29,14 @@ def add_options(parser: argparse.ArgumentParser, default_set: str) -> None:
     parser.add_argument("--num-requests", type=at_least_one, metavar="N", help="how many of them (default: all)")
     parser.add_argument("--req-batch-size", type=at_least_one, metavar="N", help="requests that run at once at most")
     parser.add_argument("--rate", type=positive_number, metavar="R", help="Poisson arrivals, R a second (else at once)")
+    parser.add_argument(
+        "--load", type=share, metavar="F", help="once more, arriving at this share of the measured throughput (0.8)"
+    )
     parser.add_argument("--slo-ttft", type=positive_number, metavar="S", help="target for the first token, in seconds")
     parser.add_argument("--slo-tpot", type=positive_number, metavar="S", help="target for a later token, in seconds")
+    parser.add_argument(
+        "--hf-batch-size", type=at_least_one, metavar="N", help="requests in a batch of --compare hf (default: ours)"
+    )
     parser.add_argument("--stop-at-eos", action="store_true", help="end at end-of-text (else by length alone)")
     parser.add_argument("--dump-tokens", metavar="FILE", help="write the token ids of the last policy as JSON lines")
     parser.add_argument(
@@ -71,122 +76,6 @@ def share(text: str) -> float:
     if value > 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share: above 0, at most 1")
     return value
-
-
-# --- the machine -----------------------------------------------------------------------------------------------------
-@dataclass
-class Setup:
-    """What the schedulers run on. `facts` go into the provenance, `suffix` into the names of the files."""
-
-    out: Path
-    engines: list[StepEngine]
-    config: ModelConfig
-    ceiling: simulate.StepModel
-    facts: dict
-    encode: Callable[[str], list[int]]
-    dtype: str
-    device_type: str
-    eos_token_ids: tuple[int, ...] = ()
-    suffix: str = ""
-    model: object = None  # the real one, to judge tokens by and for --compare
-    world: World | None = None  # the ranks of a data parallel run, each with an engine of its own
-
-    @property
-    def writes(self) -> bool:
-        """Whether this process writes files: of several ranks the first one alone."""
-        return self.world is None or self.world.is_first
-
-
-def prepare(
-    args: argparse.Namespace, script_file: str, presets: Mapping[str, Mapping], world: World | None = None
-) -> "Setup":
-    """Everything before the first measurement: a Setup with the real engine, or with simulated ones.
-
-    Presets give the sizes that were not typed; a simulation costs next to nothing and has the course's. world: the
-    ranks among which the requests are shared, if this process is one of several.
-    """
-    if world is not None:
-        data_parallel.check(args, world)
-        args.device = str(world.device)
-    if args.simulate:
-        return _open_simulated(args, script_file, presets)
-    if args.replicas != 1:
-        raise UserError(f"--replicas {args.replicas} needs --simulate: one real machine serves as one replica")
-    setup = _open_real(args, script_file, presets)
-    setup.world = world
-    if world is not None:
-        setup.facts["world"] = world.size
-    return setup
-
-
-def _open_simulated(args: argparse.Namespace, script_file: str, presets: Mapping[str, Mapping]) -> Setup:
-    machine, shape = simulate.parse(args.simulate)
-    out = cli.output_dir(args, script_file)
-    cli.apply_preset(args, presets, "cuda")
-    config = SHAPES[shape]
-    model = simulate.StepModel(machine, config)
-    engines: list[StepEngine] = [
-        simulate.SimulatedEngine(model, num_pages=args.kv_pages, page_size=args.page_size) for _ in range(args.replicas)
-    ]
-    print(
-        f"simulated: {shape} in {machine.dtype} on {machine.name} ({machine.memory_gb_per_s:,.0f} GB/s, "
-        f"{machine.tflops:g} TFLOP/s, {machine.overhead_s * 1e6:,.0f} us a step), {args.replicas} of it, "
-        f"{engines[0].num_free_pages:,} pages of {args.page_size} tokens"
-    )
-    facts = {
-        "model": shape,
-        "device": "cpu",
-        "device_name": f"simulated: {machine.name} x{args.replicas}",
-        "dtype": machine.dtype,
-        "backend": "simulated",
-        "shapes": config,
-        "machine": machine,
-        "page_size": args.page_size,
-        "kv_pages": engines[0].num_free_pages,
-    }
-    return Setup(
-        out=out,
-        engines=engines,
-        config=config,
-        ceiling=model,
-        facts=results.provenance(args, **facts),
-        # Without a tokenizer only the length of a text matters: about four characters a token.
-        encode=lambda text: [0] * max(1, len(text) // 4),
-        dtype=machine.dtype,
-        device_type="simulated",
-        suffix="_simulated",
-    )
-
-
-def _open_real(args: argparse.Namespace, script_file: str, presets: Mapping[str, Mapping]) -> Setup:
-    from common.engine import Engine
-    from common.scripts.experiment import prepare as prepare_model
-
-    ready = prepare_model(args, script_file, presets)
-    engine = Engine(
-        ready.model,
-        backend=args.backend,
-        page_size=args.page_size,
-        num_pages=args.kv_pages,
-        kv_memory=args.kv_memory,
-        max_requests=2 * args.req_batch_size,  # those of a step, and those whose last token is still to be read
-        max_step_tokens=MAX_PROMPT_TOKENS + args.req_batch_size,
-    )
-    print(engine.describe_pool())
-    machine = simulate.machine_of(ready.ceilings, ready.dtype_name)
-    facts = ready.provenance(backend=engine.backend.name, page_size=engine.page_size, kv_pages=engine.num_free_pages)
-    return Setup(
-        out=ready.out,
-        engines=[engine],
-        config=ready.model.config,
-        ceiling=simulate.StepModel(machine, ready.model.config),
-        facts=facts,
-        encode=ready.tokenizer.chat,
-        dtype=ready.dtype_name,
-        device_type=ready.model.device.type,
-        eos_token_ids=ready.tokenizer.eos_token_ids,
-        model=ready.model,
-    )
 
 
 # --- requests --------------------------------------------------------------------------------------------------------
@@ -255,26 +144,67 @@ def serve(policy: Policy, setup: Setup, given: Sequence[InputRequest], args: arg
 
 
 def serve_all(
-    policies: Sequence[Policy], setup: Setup, given: Sequence[InputRequest], args: argparse.Namespace, files: Files
+    policies: Sequence[Policy],
+    setup: Setup,
+    given: Sequence[InputRequest],
+    args: argparse.Namespace,
+    files: Files,
+    peer: HuggingFace | None = None,
 ) -> list[Run]:
-    """Every policy `args.repeats` times, in turn, so that a machine that slows down slows all of them. The run of
-    median time is the one whose rows are written; the summary has the spread. What `--resume` finds is left out."""
-    todo = [policy for policy in policies if not files.has(policy)]
+    """Every policy, and the peer, `args.repeats` times, in turn, so that a machine that slows down slows all of them.
+    The run of median time is the one whose rows are written; the summary has the spread. What `--resume` finds is left
+    out. Returns the policies' runs."""
+    todo: list[Policy | HuggingFace] = [policy for policy in policies if not files.has(policy)]
     if args.warmup and todo and not args.simulate:
-        count = 2 * (setup.world.size if setup.world else 1)
+        # On a GPU the first prompts of a shape compile kernels, so all of them are read once; on a CPU nothing does.
+        count = len(given) if setup.device_type == "cuda" else 2 * (setup.world.size if setup.world else 1)
         few = [replace(r, output_len=min(4, r.output_len), arrival_time=0.0) for r in given[:count]]
         for policy in todo:
             serve(policy, setup, few, args)
+    if peer is not None and not files.has(peer.policy):
+        todo.append(peer)
     runs: list[list[Run]] = [[] for _ in todo]
-    chosen: list[Run] = []
     for repeat in range(args.repeats):
-        for policy, mine in zip(todo, runs):
-            mine.append(serve(policy, setup, given, args))
-            if repeat == args.repeats - 1:
-                chosen.append(median_run(mine))
-                if setup.writes:
-                    files.write(chosen[-1])
-    return chosen
+        for one, mine in zip(todo, runs):
+            mine.append(one.serve(given, args) if one is peer else serve(one, setup, given, args))
+            if repeat == args.repeats - 1 and setup.writes:
+                files.write(median_run(mine), engine=peer.name if one is peer else "ours")
+    return [median_run(mine) for one, mine in zip(todo, runs) if one is not peer]
+
+
+def at_load(policy: Policy, rows: Sequence[Mapping], given: Sequence[InputRequest], args: argparse.Namespace):
+    """(the policy under another label, its requests) for `--load`: arriving as a Poisson process at that share of the
+    throughput that the summary `rows` have for the policy. Raises UserError where the requests have arrival times.
+    """
+    if any(r.arrival_time for r in given):
+        raise UserError(f"--load {args.load}: these requests arrive at times of their own; leave --rate out, or --load")
+    row = next(r for r in rows if (r["policy"], r["token_budget"]) == (policy.name, policy.token_budget))
+    timed = [replace(r) for r in given]
+    request_sets.poisson_arrivals(timed, args.load * row["requests"] / row["time"], seed=args.seed)
+    return replace(policy, name=f"{policy.name} at {args.load:.0%}{AT_LOAD}"), timed
+
+
+def is_at_load(row: Mapping) -> bool:
+    """Whether a row of the summary is of `--load`."""
+    return row["policy"].endswith(AT_LOAD)
+
+
+def load_in_words(rows: Sequence[Mapping], policy: Policy) -> str:
+    """What the summary says of the policy that `at_load` made; "" where it is not there."""
+    row = next((r for r in rows if (r["policy"], r["token_budget"]) == (policy.name, policy.token_budget)), None)
+    if row is None:
+        return ""
+    itl = "-" if row["itl_p99_s"] is None else f"{1e3 * row['itl_p99_s']:.3g} ms"
+    return (
+        f"{row['policy']} ({row['rate']:.3g} requests a second): p99 TTFT {row['ttft_p99_s']:.3g} s, p99 ITL {itl}, "
+        f"{cli.format_value(row['tokens_per_s'])} tokens/s."
+    )
+
+
+def arrival_rate(given: Sequence[InputRequest | Request]) -> float | None:
+    """Requests a second until the last one arrives; None where all arrive at once."""
+    last = max(r.arrival_time for r in given)
+    return len(given) / last if last else None
 
 
 def median_run(runs: Sequence[Run]) -> Run:
@@ -297,14 +227,32 @@ def _summary(run: Run, setup: Setup, args: argparse.Namespace) -> dict:
         "mean_running": sum(it.running * it.time_us for it in iterations) / 1e6 / busy_s,
         "pages_peak": max(it.pages_used for it in iterations), "pages_total": run.loops[0].total_pages,
         "iterations": len(iterations), "rows_computed": rows, "ceiling_tokens_per_s": ceiling,
-        "time_min": summary["time"], "time_max": summary["time"], "repeats": 1,
+        "time_min": summary["time"], "time_max": summary["time"], "repeats": 1, "rate": arrival_rate(run.requests),
         results.SUSPECT: int(summary["tokens_per_s"] > 1.05 * ceiling),
     }  # fmt: skip
 
 
 # --- afterwards ------------------------------------------------------------------------------------------------------
-def check_same_tokens(setup: Setup, runs: Sequence[Run]) -> None:
-    """Whatever the schedule, a request gives the same tokens; CheckFailed if not, but for near-ties."""
+def compare_tokens(setup: Setup, runs: Sequence[Run], peer: HuggingFace | None = None) -> list[CheckFailed]:
+    """Whatever the schedule, a request gives the same tokens: says so, or returns what failed, for `check` to raise
+    when all is written. The peer's are held against the first run's.
+    """
+    failures = []
+    try:
+        _check_same_tokens(setup, runs)
+        if peer is not None and peer.requests and runs:
+            from common.equality import peer_sentence
+
+            pairs = [(a, b) for a, b in zip(peer.requests, runs[0].requests) if b.token_times]  # none was refused
+            prompts = [a.prompt_token_ids for a, _ in pairs]
+            theirs, ours = ([r.output_token_ids for r in side] for side in zip(*pairs))
+            print(peer_sentence(setup.model, prompts, theirs, ours, peer.policy.name))
+    except CheckFailed as error:
+        failures.append(error)
+    return failures
+
+
+def _check_same_tokens(setup: Setup, runs: Sequence[Run]) -> None:
     for run in runs[1:]:
         pairs = [(a, b) for a, b in zip(runs[0].requests, run.requests) if a.token_times]
         what = f"{run.policy.label} against {runs[0].policy.label}"
@@ -319,6 +267,12 @@ def check_same_tokens(setup: Setup, runs: Sequence[Run]) -> None:
             print(require_equal(setup.model, prompts, expected, got, what))
         elif expected != got:
             raise CheckFailed(f"{what}: other tokens")
+
+
+def say(*sentences: str) -> None:
+    """A line each; what is empty has nothing to say."""
+    for sentence in filter(None, sentences):
+        print(sentence)
 
 
 def say_refused(run: Run) -> None:
@@ -342,9 +296,10 @@ def report(args: argparse.Namespace, setup: Setup, files: Files, runs: Sequence[
             dump_requests(args.dump_tokens, runs[-1].requests)
 
 
-def check(setup: Setup, files: Files, runs: Sequence[Run]) -> None:
-    """Same tokens under every policy, and no figure above the roofline of its own steps. Raises CheckFailed."""
-    check_same_tokens(setup, runs)
+def check(setup: Setup, files: Files, failures: Sequence[CheckFailed]) -> None:
+    """What `compare_tokens` found, and no figure above the roofline of its own steps. Raises CheckFailed."""
+    for failure in failures:
+        raise failure
     for row in files.summary.rows:
         if row[results.SUSPECT]:
             ceiling = row["ceiling_tokens_per_s"]

@@ -24,7 +24,7 @@ SUMMARY_COLUMNS = (
     *(f"{name}_p{p}_s" for name in ("ttft", "tpot", "itl") for p in PERCENTILES),
     *("goodput", "good_requests", "max_itl_s", *(f"latency_p{p}_s" for p in PERCENTILES)),
     *("preemptions", "refused", "mean_running", "pages_peak", "pages_total", "iterations", "rows_computed"),
-    *("ceiling_tokens_per_s", "time_min", "time_max", "repeats", results.SUSPECT),
+    *("ceiling_tokens_per_s", "time_min", "time_max", "repeats", "rate", results.SUSPECT),
 )
 SLOT_COLUMNS = ("policy", "token_budget", "replica", "slot", "request", "start_s", "finish_s", "release_s")
 MAX_ROWS = 20_000  # of one policy in one file: a longer run, which only the simulator makes, is thinned
@@ -87,7 +87,16 @@ class Files:
         mine = {"policy": run.policy.name, "token_budget": run.policy.token_budget}
         if self.compare:
             mine["engine"] = engine
-        self.requests.extend({**mine, **request_row(r)} for r in thinned(run.requests, run.policy, "requests"))
+        # What a peer does not tell of a run is not known of its requests.
+        columns = {
+            "ttft_s": "ttft_p50_s",
+            "tpot_s": "tpot_p50_s",
+            "latency_s": "latency_p50_s",
+            "max_itl_s": "max_itl_s",
+        }
+        unknown = {mine: None for mine, of_all in columns.items() if run.summary[of_all] is None}
+        rows = ({**mine, **request_row(r), **unknown} for r in thinned(run.requests, run.policy, "requests"))
+        self.requests.extend(rows)
         for replica, loop in enumerate(run.loops):
             iterations = thinned(list(enumerate(loop.iterations)), run.policy, "iterations")
             self.iterations.extend({**mine, "replica": replica, **_iteration_row(i, it)} for i, it in iterations)

@@ -3,6 +3,7 @@
     handout     100 short prompts, U[1, 10] tokens in, U[1, 128] out
     lognormal   100 long-tailed prompts, lognormal(6.0, 0.7) in, U[1, 512] out
     mix         256 prompts of U[100, 1024], U[100, 1024] out: the load that engines are compared on
+    uniform     32 prompts of U[16, 128], U[16, 128] out: a small mix, for a CPU
     FILE.jsonl  JSON lines as vLLM's custom dataset has them: {"prompt": "...", "output_tokens": 64}
     FILE.csv    an Azure LLM inference trace: TIMESTAMP, ContextTokens, GeneratedTokens
 
@@ -19,8 +20,8 @@ from pathlib import Path
 from common.errors import UserError
 from common.serving import InputRequest
 
-NAMES = ("handout", "lognormal", "mix")
-HELP = "handout, lognormal, mix, a .jsonl file (prompt, output_tokens) or an Azure LLM trace (.csv)"
+NAMES = ("handout", "lognormal", "mix", "uniform")
+HELP = "handout, lognormal, mix, uniform, a .jsonl file (prompt, output_tokens) or an Azure LLM trace (.csv)"
 MIX_REQUESTS = 256
 USED_VOCAB = 10_001  # ids 0 .. 10000, as in `mix`: in every vocabulary that the lab knows
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
@@ -73,6 +74,17 @@ def mix() -> list[InputRequest]:
     return [InputRequest(prompt_token_ids=p, output_len=n) for p, n in zip(prompts, output_lens)]
 
 
+def uniform(count: int = 32, *, vocab_size: int = USED_VOCAB, seed: int = 0) -> list[InputRequest]:
+    """A set that a CPU serves in seconds: U[16, 128] tokens in and out."""
+    draw = random.Random(seed)
+    return [
+        InputRequest(
+            prompt_token_ids=random_prompt(draw, draw.randint(16, 128), vocab_size), output_len=draw.randint(16, 128)
+        )
+        for _ in range(count)
+    ]
+
+
 def poisson_arrivals(requests: Sequence[InputRequest], rate: float, *, seed: int = 0) -> None:
     """Set the arrival times of a Poisson process of `rate` requests a second, in the order of `requests`."""
     if not rate > 0:
@@ -98,6 +110,8 @@ def load(
         return handout(count or 100, vocab_size=vocab_size, seed=seed, **shape)
     if source == "lognormal":
         return lognormal(count or 100, vocab_size=vocab_size, seed=seed, **shape)
+    if source == "uniform":
+        return uniform(count or 32, vocab_size=vocab_size, seed=seed)
     if source == "mix":
         if vocab_size < USED_VOCAB:
             raise UserError(f"--requests mix has ids up to 10000, the vocabulary has {vocab_size}: take another set")

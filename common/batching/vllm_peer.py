@@ -30,20 +30,22 @@ def main(job_path: str, out_path: str, batched_tokens: str = "") -> None:
             temperature=0.0, max_tokens=output_len, ignore_eos=job["ignore_eos"], detokenize=False
         )
 
-    llm.generate(prompts[:2], [params(4)] * len(prompts[:2]), use_tqdm=False)
+    # Other ids than those that are timed, which its prefix cache would know.
+    warmup = [{"prompt_token_ids": ids[::-1]} for ids, _ in job["requests"][:2]]
+    llm.generate(warmup, [params(4)] * len(warmup), use_tqdm=False)
     start, start_monotonic = time.time(), time.monotonic()
     outputs = llm.generate(prompts, [params(n) for _, n in job["requests"]], use_tqdm=False)
     end = time.time() - start
     rows = []
     for output in outputs:
         metrics = output.metrics
-        # The engine's stamps are monotonic, arrival_time is wall time; both are given from the start of the call.
+        # vllm.v1.metrics.stats.RequestStateStats: the engine's stamps are of the monotonic clock. 0.0: never stamped.
         first = getattr(metrics, "first_token_ts", None)
         last = getattr(metrics, "last_token_ts", None)
         rows.append(
             {
                 "tokens": list(output.outputs[0].token_ids),
-                "first_s": first - start_monotonic if first else end,
+                "first_s": first - start_monotonic if first else None,
                 "last_s": last - start_monotonic if last else end,
             }
         )

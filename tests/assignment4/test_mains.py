@@ -1,7 +1,9 @@
 """The two scripts as a learner runs them: from another directory, in a process, with good and bad input."""
 
+import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +76,52 @@ def test_rows_agree_with_one_another(tmp_path):
         assert row["max_itl_s"] == pytest.approx(max(r["max_itl_s"] for r in mine if r["max_itl_s"] is not None))
         assert row["pages_peak"] == max(s["pages_used"] for s in steps)
         assert row["tokens_per_s"] < row["ceiling_tokens_per_s"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_latency_at_a_share_of_the_measured_throughput(name, tmp_path):
+    """The same requests again, arriving at 80 % of what was served when all came at once."""
+    done = simulate(name, tmp_path, "--load", "0.8", "--no-plot")
+    rows = read_rows(tmp_path / "out" / f"{name}_summary_simulated.csv", ())
+    policy = {"continous": "continuous", "chunked": "chunked"}[name]
+    full, loaded = (next(r for r in rows if r["policy"] == p) for p in (policy, f"{policy} at 80% load"))
+    requests = read_rows(tmp_path / "out" / f"{name}_requests_simulated.csv", ())
+    arrivals = [r["arrival_s"] for r in requests if r["policy"] == f"{policy} at 80% load"]
+    assert len(arrivals) == full["requests"] == loaded["requests"] and min(arrivals) > 0
+    assert full["rate"] is None and loaded["rate"] == pytest.approx(len(arrivals) / max(arrivals))
+    draw = random.Random(0)
+    gaps = [draw.expovariate(0.8 * full["requests"] / full["time"]) for _ in arrivals]
+    assert sorted(arrivals) == pytest.approx(list(itertools.accumulate(gaps)))
+    assert f"{policy} at 80% load" in done.stdout and "p99 TTFT" in done.stdout and "p99 ITL" in done.stdout
+
+
+def test_scale_and_trace_of_a_real_run(tmp_path):
+    options = [
+        "--model",
+        "random:tiny",
+        "--device",
+        "cpu",
+        "--preset",
+        "quick",
+        "--kv-pages",
+        200,
+        "--out",
+        tmp_path / "out",
+    ]
+    options += ["--scale", "--trace", tmp_path / "t.json", "--budgets", 8, "--compare", "hf", "--hf-batch-size", 2]
+    done = run("chunked", *options, cwd=tmp_path)
+    assert "of the middle 80% of the run" in done.stdout and "operators of the main thread" in done.stdout
+    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    steps = [e for e in events if e.get("cat") == "step"]
+    operators = [e for e in events if e.get("cat") == "host"]
+    inside = [e for e in operators if steps[0]["ts"] <= e["ts"] < steps[-1]["ts"] + steps[-1]["dur"]]
+    assert steps and len(inside) > 0.9 * len(operators)  # both on one clock
+    rows = read_rows(tmp_path / "out" / "chunked_scale.csv", ())
+    assert len(rows) == 5 and all(r["simulated_tokens_per_s"] and r["decode_tokens_per_s"] for r in rows)
+    assert (tmp_path / "out" / "chunked_scale.png").exists()
+    assert "chunked gave" in done.stdout and "of hf, batches of 2" in done.stdout
+    summary = read_rows(tmp_path / "out" / "chunked_summary.csv", ())
+    assert [r["engine"] for r in summary] == ["ours", "ours", "hf"]
 
 
 def test_mix_is_served_whole(tmp_path):
@@ -154,6 +202,12 @@ def test_requests_that_never_fit_are_named_and_the_others_served(tmp_path):
         (["--replicas", "0"], "--replicas"),
         (["--kv-pages", "0"], "--kv-pages"),
         (["--kv-memory", "1.5"], "--kv-memory"),
+        (["--load", "1.5"], "--load"),
+        (["--load", "0.5", "--rate", "3"], "--load"),
+        (["--trace", "t.json"], "--trace"),
+        (["--trace", "absent/t.json"], "--trace"),
+        (["--scale", "--replicas", "2"], "--scale"),
+        (["--scale", "--kv-lens", "64,9000"], "9000"),
     ],
 )
 def test_bad_options_are_one_line(options, named, tmp_path):

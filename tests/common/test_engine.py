@@ -260,11 +260,15 @@ def test_the_pool_takes_its_share_of_memory_and_no_more_than_is_useful(tiny, mon
     model, _ = tiny
     page = 16 * model.config.kv_bytes_per_token(4)
     monkeypatch.setattr("common.engine.free_bytes", lambda device: 1000 * page)
-    assert Engine(model, kv_memory=0.5).pool.capacity == 500
+    half = Engine(model, kv_memory=0.5)
+    assert half.pool.capacity == 500 and half.pool_share == 0.5
+    assert "(50.0% of what is free for it); attention" in half.describe_pool()
+    assert half.capture_graphs(8) == ""  # a CPU has none
     useful = 2 * pages_for(model.config.max_position_embeddings, 16)
-    assert Engine(model, kv_memory=1.0, max_requests=2).pool.capacity == useful
+    enough = Engine(model, kv_memory=1.0, max_requests=2)
+    assert enough.pool.capacity == useful and "all that 2 requests can use" in enough.describe_pool()
     engine = Engine(model, num_pages=10)
     assert (
         "10 pages of 16 tokens = 160 tokens, 81.9 KB; attention: torch (the device is a CPU)" in engine.describe_pool()
     )
-    assert engine.pool.num_bytes == 10 * page
+    assert engine.pool.num_bytes == 10 * page and engine.pool_share is None

@@ -35,6 +35,16 @@ def test_handout_set():
     assert again == requests != other
 
 
+def test_uniform_set():
+    prompts, outputs = lengths(request_sets.load("uniform"))
+    assert len(prompts) == 32 and min(prompts + outputs) >= 16 and max(prompts + outputs) <= 128
+    many = lengths(request_sets.load("uniform", count=3000))
+    assert all((min(values), max(values)) == (16, 128) for values in many)
+    assert (
+        request_sets.load("uniform") == request_sets.load("uniform", count=32) != request_sets.load("uniform", seed=1)
+    )
+
+
 def test_lognormal_lengths_have_the_stated_mean_and_deviation():
     values = request_sets.sample_lognormal_ints(20_000, 6.0, 0.7, seed=5)
     logs = [math.log(v) for v in values]
@@ -44,7 +54,7 @@ def test_lognormal_lengths_have_the_stated_mean_and_deviation():
     assert min(request_sets.sample_lognormal_ints(1000, -5.0, 0.1)) == 1
 
 
-@pytest.mark.parametrize("name", ["handout", "lognormal"])
+@pytest.mark.parametrize("name", ["handout", "lognormal", "uniform"])
 @pytest.mark.parametrize("vocab", [7, 300, 50_000])
 def test_ids_are_in_the_vocabulary(name, vocab):
     ids = [i for r in request_sets.load(name, vocab_size=vocab) for i in r.prompt_token_ids]
