@@ -14,6 +14,8 @@ from common.config import ModelConfig
 from common.roofline import Ceilings
 from common.serving import Work
 
+ELEMENTWISE = {"rope+append", "norms", "sampling"}  # parts that are held against the copy ceiling
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -48,6 +50,17 @@ def step_cost(config: ModelConfig, element_size: int, work: Work) -> Cost:
 def steps_cost(config: ModelConfig, element_size: int, works: Iterable[Work]) -> Cost:
     """The steps of a run, one after the other."""
     return sum((step_cost(config, element_size, work) for work in works), Cost())
+
+
+def parts_seconds(
+    config: ModelConfig, element_size: int, work: Work, ceilings: Ceilings, dtype: str
+) -> dict[str, float]:
+    """What each part of a step takes at its own ceiling, seconds. Their sum is a bound that no step beats as long as
+    one part runs after the other: nearer to what can be had than `Cost.seconds` of the whole, in which the bytes of one
+    part hide behind the operations of another.
+    """
+    costs = part_costs(config, element_size, work)
+    return {name: c.seconds(ceilings, dtype, "copy" if name in ELEMENTWISE else "read") for name, c in costs.items()}
 
 
 def part_costs(config: ModelConfig, element_size: int, work: Work) -> dict[str, Cost]:

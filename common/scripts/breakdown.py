@@ -27,14 +27,13 @@ from common.pages import pages_for
 from common.results import ResultFile
 from common.scripts.experiment import Experiment
 from common.serving import Chunk, InputRequest, Request, Work
-from common.step_cost import part_costs
+from common.step_cost import parts_seconds
 from common.timing import summarise
 
 NAME = "pipeline_breakdown"
 COLUMNS = ("phase", "part", "time_us", "ceiling_us")
 PARTS = ("qkv", "rope+append", "attention", "o_proj", "gate_up", "down", "norms", "head", "sampling")
 GAPS = "host gaps"
-COPIED = {"rope+append", "norms", "sampling"}  # parts held against the copy ceiling
 HEAD_START_CYCLES = 100_000_000  # some 50 ms: longer than it takes to launch a step kernel by kernel
 LOOP_STEPS = 8
 
@@ -138,11 +137,11 @@ def measure(exp: Experiment, engine: Any) -> ResultFile:
 def _phase_rows(exp: Experiment, steps: Any, phase: str, batch: int, length: int, step: Any) -> list[dict[str, Any]]:
     prompts = [exp.tokenizer.prompt_of_length(length, 31 * row) for row in range(batch)]
     wall_s, parts, work = step(exp, steps, prompts)
-    costs, dtype = part_costs(exp.model.config, exp.model.dtype.itemsize, work), exp.dtype_name
-    rows = []
-    for name in PARTS:
-        ceiling = costs[name].seconds(exp.ceilings, dtype, "copy" if name in COPIED else "read")
-        rows.append({"phase": phase, "part": name, "time_us": parts[name] * 1e6, "ceiling_us": ceiling * 1e6})
+    ceilings = parts_seconds(exp.model.config, exp.model.dtype.itemsize, work, exp.ceilings, exp.dtype_name)
+    rows = [
+        {"phase": phase, "part": name, "time_us": parts[name] * 1e6, "ceiling_us": ceilings[name] * 1e6}
+        for name in PARTS
+    ]
     gaps = max(wall_s - sum(parts.values()), 0.0)
     return [*rows, {"phase": phase, "part": GAPS, "time_us": gaps * 1e6, "ceiling_us": 0.0}]
 

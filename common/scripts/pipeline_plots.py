@@ -12,7 +12,18 @@ from common.results import ResultFile, read_rows
 
 GAPS = "host gaps"
 
-REQUIRED = ("backend", "batch_size", "prompt_tokens", "output_tokens", "time", "tokens_per_s", "mbu", "mfu", "suspect")
+REQUIRED = (
+    "backend",
+    "batch_size",
+    "prompt_tokens",
+    "output_tokens",
+    "time",
+    "tokens_per_s",
+    "mbu",
+    "mfu",
+    "bound_tokens_per_s",
+    "suspect",
+)
 SWEEPS = {  # file: title, what x is, axis label, y label
     "pipeline_decode": ("Decoding many requests together", "output", "output tokens a request", "tokens per second"),
     "pipeline_prefill": ("Reading one prompt", "prompt", "prompt tokens", "prompt tokens per second"),
@@ -41,6 +52,7 @@ def draw_sweep(csv_path: Path) -> Path:
     rows = sorted(read_rows(csv_path, REQUIRED), key=lambda row: _x(row, kind))
     fig, (left, right) = plots.new_figure(title, panels=2)
     ceilings: dict[float, float] = {}
+    bounds: dict[float, float] = {}
     for engine in dict.fromkeys(row.get("engine") or "ours" for row in rows):
         part = [row for row in rows if (row.get("engine") or "ours") == engine]
         xs = [_x(row, kind) for row in part]
@@ -52,8 +64,12 @@ def draw_sweep(csv_path: Path) -> Path:
             plots.band(right, xs, values, None, None, f"{share.upper()}, {label}", suspect=suspect)
         if engine == "ours":  # the nearer of the two ceilings, at each point
             ceilings = {x: row["tokens_per_s"] / max(row["mbu"], row["mfu"]) for x, row in zip(xs, part)}
+            bounds = {x: row["bound_tokens_per_s"] for x, row in zip(xs, part)}
     style = {"color": plots.CEILING_COLOUR, "linestyle": "--", "linewidth": 1.8}
     left.plot(list(ceilings), list(ceilings.values()), label="ceiling: bytes or operations at full speed", **style)
+    if kind == "prefill":
+        style |= {"linestyle": ":", "color": plots.COLOURS[6]}
+        left.plot(list(bounds), list(bounds.values()), label="bound: its parts at their ceilings, in turn", **style)
     plots.ceiling_line(right, 100, "ceiling in %")
     for ax in (left, right):
         plots.log2_axis(ax, sorted({_x(row, kind) for row in rows}))

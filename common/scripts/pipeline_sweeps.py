@@ -1,7 +1,8 @@
 """The three sweeps of the pipeline script: decode length in one batch, prefill length alone, batch size.
 
 What is timed is the script's own `generate_batched`, token ids in, token ids out, scheduling included; the time of a
-token is when the host has read it. MBU and MFU come from what the launched steps computed (common/step_cost.py).
+token is when the host has read it. MBU and MFU come from what the launched steps computed (common/step_cost.py), and so
+does bound_tokens_per_s: the same steps with each of their parts at its own ceiling, one after the other.
 
 decode   tokens_per_s = B (n - 1) / (time of the n-th tokens - time of the first); one run passes all lengths
 prefill  tokens_per_s = prompt tokens / time to the first token
@@ -21,12 +22,12 @@ from common.pages import pages_for
 from common.results import SUSPECT, ResultFile
 from common.scripts.experiment import Experiment
 from common.serving import InputRequest, Work
-from common.step_cost import Cost, step_cost, steps_cost
+from common.step_cost import Cost, parts_seconds, steps_cost
 from common.timing import summarise
 
 COLUMNS = (
     "backend", "batch_size", "prompt_tokens", "output_tokens", "time", "tokens_per_s", "mbu", "mfu", "time_p10",
-    "time_p90", "prefill_time", SUSPECT,
+    "time_p90", "prefill_time", "bound_tokens_per_s", SUSPECT,
 )  # fmt: skip
 NOT_PRINTED = {"time_p10", "time_p90"}  # they would make the table too wide
 KEY = ("backend", "batch_size", "prompt_tokens", "output_tokens")
@@ -34,31 +35,37 @@ KEY = ("backend", "batch_size", "prompt_tokens", "output_tokens")
 
 @dataclass(frozen=True)
 class Run:
-    """One call: when each step's tokens were there (`stamps`, seconds from the call), and what the steps cost."""
+    """One call: when each step's tokens were there (`stamps`, seconds from the call), and what the steps computed."""
 
     stamps: list[float]
-    prefill: Cost  # up to the first tokens
-    decodes: list[Cost]  # of each later token
+    prefill: list[Work]  # up to the first tokens
+    decodes: list[Work]  # of each later token
 
     @classmethod
-    def of(cls, exp: Experiment, stamps: list[float], works: Sequence[Work]) -> Run:
-        config, size = exp.model.config, exp.model.dtype.itemsize
-        prefill = steps_cost(config, size, (work for work in works if not work.decode_tokens))
-        return cls(stamps, prefill, [step_cost(config, size, work) for work in works if work.decode_tokens])
+    def of(cls, stamps: list[float], works: Sequence[Work]) -> Run:
+        return cls(stamps, [w for w in works if not w.decode_tokens], [w for w in works if w.decode_tokens])
 
 
 @dataclass(frozen=True)
 class Figure:
-    """What a row states: `tokens` were computed in `seconds`, at `cost`."""
+    """What a row states: `tokens` were computed in `seconds`, by steps that computed `works`."""
 
     tokens: int
     seconds: float
-    cost: Cost
+    works: list[Work]
+
+    def cost(self, exp: Experiment) -> Cost:
+        return steps_cost(exp.model.config, exp.model.dtype.itemsize, self.works)
+
+    def bound_s(self, exp: Experiment, ceilings: roofline.Ceilings) -> float:
+        """Seconds with every part of every step at its ceiling."""
+        config, size, dtype = exp.model.config, exp.model.dtype.itemsize, exp.dtype_name
+        return sum(sum(parts_seconds(config, size, work, ceilings, dtype).values()) for work in self.works)
 
 
 def _decode_figure(runs: Sequence[Run], batch: int, prompt: int, n: int) -> Figure:
     seconds = summarise([run.stamps[n - 1] - run.stamps[0] for run in runs]).median_s
-    return Figure(batch * (n - 1), seconds, sum(runs[0].decodes[: n - 1], Cost()))
+    return Figure(batch * (n - 1), seconds, runs[0].decodes[: n - 1])
 
 
 def _prefill_figure(runs: Sequence[Run], batch: int, prompt: int, n: int) -> Figure:
@@ -67,7 +74,7 @@ def _prefill_figure(runs: Sequence[Run], batch: int, prompt: int, n: int) -> Fig
 
 def _batch_figure(runs: Sequence[Run], batch: int, prompt: int, n: int) -> Figure:
     seconds = summarise([run.stamps[n - 1] for run in runs]).median_s
-    return Figure(batch * n, seconds, sum(runs[0].decodes, runs[0].prefill))
+    return Figure(batch * n, seconds, runs[0].prefill + runs[0].decodes)
 
 
 class Sweeps:
@@ -135,11 +142,11 @@ class Sweeps:
         if name == "ours":
             requests = self.engine.generate_batched([InputRequest("", output_len, prompt) for prompt in prompts])
             stamps = [max(times) for times in zip(*(r.token_times for r in requests))]
-            return Run.of(self.exp, stamps, self.engine.works)
+            return Run.of(stamps, self.engine.works)
         times = StepTimes(self.exp.model.device)
         self.peer.generate(prompts, output_len, times=times)
         stamps = [times.until(i + 1) for i in range(output_len)]
-        return Run.of(self.exp, stamps, equal_works(len(prompts), len(prompts[0]), output_len))
+        return Run.of(stamps, equal_works(len(prompts), len(prompts[0]), output_len))
 
     def _repeat(self, name: str, batch: int, prompt: int, output_len: int, count: int) -> list[Run]:
         prompts = [self.exp.tokenizer.prompt_of_length(prompt, 31 * row) for row in range(batch)]
@@ -199,13 +206,13 @@ class Sweeps:
             measured_again = True
             return 1 / figure(runs, batch, prompt, n).seconds
 
-        dtype, cost = self.exp.dtype_name, figure(runs, batch, prompt, n).cost
+        dtype, cost = self.exp.dtype_name, figure(runs, batch, prompt, n).cost(self.exp)
         device = self.exp.model.device
         _, self.ceilings, suspect = roofline.gate(
             rate, lambda c: 1 / cost.seconds(c, dtype), self.ceilings, device, self.exp.model.dtype
         )
         found = figure(runs, batch, prompt, n)
-        mbu, mfu = found.cost.shares(found.seconds, self.ceilings, dtype)
+        mbu, mfu = cost.shares(found.seconds, self.ceilings, dtype)
         total = summarise([run.stamps[n - 1] for run in runs])
         file.append(
             **self._keys(file, name, batch, prompt, n),
@@ -216,6 +223,7 @@ class Sweeps:
             time_p10=total.p10_s,
             time_p90=total.p90_s,
             prefill_time=summarise([run.stamps[0] for run in runs]).median_s,
+            bound_tokens_per_s=found.tokens / found.bound_s(self.exp, self.ceilings),
             suspect=int(suspect),
         )
 
@@ -246,8 +254,9 @@ def conclusion(exp: Experiment, files: Sequence[ResultFile]) -> str:
     if rows.get("pipeline_prefill"):
         best = max(rows["pipeline_prefill"], key=lambda r: r["tokens_per_s"])
         texts.append(
-            f"prefill reached {best['tokens_per_s']:.4g} tokens/s at {best['prompt_tokens']} tokens, "
-            f"{best['mfu']:.0%} of the compute ceiling"
+            f"prefill reached {cli.format_value(best['tokens_per_s'])} tokens/s at {best['prompt_tokens']} tokens, an "
+            f"MFU of {best['mfu']:.0%}, where its parts at their ceilings, one after the other, allow "
+            f"{cli.format_value(best['bound_tokens_per_s'])} ({best['tokens_per_s'] / best['bound_tokens_per_s']:.0%})"
         )
     if rows.get("pipeline_batch"):
         first, last = rows["pipeline_batch"][0], rows["pipeline_batch"][-1]

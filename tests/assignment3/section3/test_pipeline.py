@@ -288,6 +288,9 @@ def test_the_whole_script(tmp_path):
         assert [r["engine"] for r in rows].count("ours") == [r["engine"] for r in rows].count("hf") == count
         assert all(r["time"] > 0 and r["tokens_per_s"] > 0 and r["mbu"] > 0 and r["mfu"] > 0 for r in rows)
         assert {r["backend"] for r in rows if r["engine"] == "ours"} == {"torch"}
+        # Part after part is slower than everything at once: the bound lies under the ceiling.
+        assert all(0 < r["bound_tokens_per_s"] < r["tokens_per_s"] / max(r["mbu"], r["mfu"]) for r in rows)
+    assert "an MFU of " in done.stdout and "its parts at their ceilings, one after the other, allow" in done.stdout
     batch = [r for r in read_rows(out / "pipeline_batch.csv", promised) if r["engine"] == "ours"]
     assert [r["batch_size"] for r in batch] == [1, 2, 4]
     assert all(r["prompt_tokens"] == r["output_tokens"] == 8 * r["batch_size"] for r in batch)
