@@ -25,7 +25,7 @@ from common.paged.backends import Backend, make_attend, pick_backend, reserve_me
 from common.paged.batch import DeviceBatch, HostBatch, Upload
 from common.paged.graphs import DecodeGraphs
 from common.pages import pages_for
-from common.sampling import sample
+from common.sampling import GREEDY, sample
 from common.serving import Chunk, Request, release_pages, reserve_pages
 
 # Of the memory that is free beside weights, graphs and the largest step, where --kv-memory is not given: a GPU is ours
@@ -129,13 +129,11 @@ class Engine:
     def launch(self, chunks: Sequence[Chunk]) -> EngineStep:
         """Take pages, enqueue forward and sampling, return at once. OutOfPages leaves everything as it was."""
         host, page_updates = self._admit(chunks)
-        sampled_chunks = [chunk for chunk in chunks if chunk.samples]
-        greedy = all(chunk.request.sampling.is_greedy for chunk in sampled_chunks)
-        if self.graphs is not None and host.num_decodes == len(chunks) and greedy:
-            ids = self.graphs.run(host, page_updates, [chunk.request.pages.indices for chunk in chunks])
-        else:
-            ids = self._compute(self._pack(chunks, host, page_updates))
-        return self._to_host([chunk.request for chunk in sampled_chunks], ids)
+        if self.graphs is not None and host.num_decodes == len(chunks) and _all_greedy(chunks):
+            ids = self.graphs.run(host, page_updates, [request.pages.indices for request, _, _ in chunks])
+            return self._to_host([request for request, _, _ in chunks], ids)
+        packed = self._pack(chunks, host, page_updates)
+        return self._to_host([request for request, _, _ in packed.sampled_chunks], self._compute(packed))
 
     @torch.inference_mode()
     def pack(self, chunks: Sequence[Chunk]) -> Packed:
@@ -157,24 +155,29 @@ class Engine:
     # --- one step ----------------------------------------------------------------------------------------------------
     def _admit(self, chunks: Sequence[Chunk]) -> tuple[HostBatch, list[np.ndarray]]:
         """Pages for the step, and a line of the page table for each request that is new."""
-        fresh = [chunk.request for chunk in chunks if chunk.request not in self._slots]
+        requests = [request for request, _, _ in chunks]
+        lines = list(map(self._slots.get, requests))
+        fresh = [request for request, line in zip(requests, lines) if line is None] if None in lines else []
         if len(fresh) > len(self._free_slots):
             raise UserError(f"more than {self.max_requests} requests hold pages at one time; raise max_requests")
-        lines = self._slots | dict(zip(fresh, reversed(self._free_slots)))
-        host = HostBatch.of(chunks, [lines[chunk.request] for chunk in chunks])
-        reserve_pages(self.pool, chunks)  # the last thing that can refuse the step: nothing has changed until here
+        if fresh:
+            free = reversed(self._free_slots)
+            lines = [next(free) if line is None else line for line in lines]
+        host = HostBatch.of(chunks, lines)
+        growing = reserve_pages(self.pool, chunks)  # what can refuse the step: nothing has changed until here
         for request in fresh:
             self._slots[request] = self._free_slots.pop()
-        return host, self._new_pages(chunks)
+        return host, self._new_pages(growing)
 
     def _pack(self, chunks: Sequence[Chunk], host: HostBatch, page_updates: list[np.ndarray]) -> Packed:
         batch, (lines, columns, pages) = DeviceBatch.of(host, self._upload, page_updates)
         self.page_table[lines, columns] = pages
-        page_lists = [chunk.request.pages.indices for chunk in chunks]
+        page_lists = [request.pages.indices for request, _, _ in chunks]
         attend = make_attend(self.backend, self.model, self.pool, host, batch, self.page_table, page_lists)
         decode_tokens = self.last_token[batch.slots[: host.num_decodes]]
         tokens = torch.cat((decode_tokens, batch.prompt_tokens.long()))
-        return Packed(tokens, attend, batch, [chunk for chunk in chunks if chunk.samples])
+        sampled_chunks = chunks if host.all_sample else [chunks[row] for row in host.sampled_rows.tolist()]
+        return Packed(tokens, attend, batch, sampled_chunks)
 
     def _compute(self, packed: Packed) -> torch.Tensor:
         """The step as it stands, kernel by kernel; returns the sampled ids on the device."""
@@ -182,27 +185,28 @@ class Engine:
         hidden = self.model.forward(packed.tokens, packed.attend, batch.last_tokens)
         if not chunks:
             return hidden.new_empty(0, dtype=torch.int64)
-        params = [chunk.request.sampling for chunk in chunks]
-        if all(p.is_greedy for p in params):
+        if _all_greedy(chunks):
             ids = self.model.greedy(hidden)
         else:
+            params = [chunk.request.sampling for chunk in chunks]
             ids = sample(self.model.logits(hidden), params, [chunk.start + chunk.length for chunk in chunks])
         self.last_token[batch.slots[batch.sampled_rows]] = ids
         return ids
 
-    def _new_pages(self, chunks: Sequence[Chunk]) -> list[np.ndarray]:
-        """Entries that the device's page table lacks, as (line, column, page) arrays."""
+    def _new_pages(self, growing: Sequence[Request]) -> list[np.ndarray]:
+        """Entries that the device's page table lacks, those of requests with new pages, as (line, column, page)
+        arrays.
+        """
         lines: list[int] = []
         columns: list[int] = []
         pages: list[int] = []
-        for request, _, _ in chunks:
+        for request in growing:
             indices = request.pages.indices
             known = self._known_pages.get(request, 0)
-            if known < len(indices):
-                lines += [self._slots[request]] * (len(indices) - known)
-                columns += range(known, len(indices))
-                pages += indices[known:]
-                self._known_pages[request] = len(indices)
+            lines += [self._slots[request]] * (len(indices) - known)
+            columns += range(known, len(indices))
+            pages += indices[known:]
+            self._known_pages[request] = len(indices)
         return [np.array(part, dtype=np.int32) for part in (lines, columns, pages)]
 
     def _to_host(self, requests: Sequence[Request], ids: torch.Tensor) -> EngineStep:
@@ -279,3 +283,8 @@ class Engine:
             f"KV pool: {capacity:,} pages of {self.page_size} tokens = {tokens:,} tokens, "
             f"{human_bytes(self.pool.num_bytes)}{share}{full}; attention: {self.backend.name} ({self.backend.reason})"
         )
+
+
+def _all_greedy(chunks: Sequence[Chunk]) -> bool:
+    """Whether no request of the step draws; nearly always all share GREEDY itself, which is quick to see."""
+    return all(request.sampling is GREEDY or request.sampling.is_greedy for request, _, _ in chunks)

@@ -239,12 +239,14 @@ class StepEngine(Protocol):
         """Give the request's pages back; only when no launched step can touch them. Without pages it does nothing."""
 
 
-def reserve_pages(pool: PageAllocator, chunks: Sequence[Chunk]) -> None:
-    """Pages for all tokens of a step, or OutOfPages and nothing changed; then note the tokens as launched.
+def reserve_pages(pool: PageAllocator, chunks: Sequence[Chunk]) -> list[Request]:
+    """Pages for all tokens of a step, or OutOfPages and nothing changed; then note the tokens as launched. Returns the
+    requests that have new pages.
 
     This is the first thing that an engine's `launch` does.
     """
     needed = 0
+    growing = []
     for request, start, length in chunks:
         pages = request.pages
         if pages is None:
@@ -253,11 +255,13 @@ def reserve_pages(pool: PageAllocator, chunks: Sequence[Chunk]) -> None:
             raise ValueError(f"chunk at {start} of {request}, of which {request.num_computed} tokens are computed")
         if length > pages.room:
             needed += pages.pages_needed(length)
+            growing.append(request)
     if needed > pool.num_free_pages:
         raise OutOfPages(needed, pool.num_free_pages, pool.capacity)
     for request, _, length in chunks:
         request.pages.allocate_tokens(length)
         request.launched(length)
+    return growing
 
 
 def release_pages(request: Request) -> None:

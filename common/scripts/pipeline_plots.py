@@ -67,7 +67,7 @@ def draw_sweep(csv_path: Path) -> Path:
             bounds = {x: row["bound_tokens_per_s"] for x, row in zip(xs, part)}
     style = {"color": plots.CEILING_COLOUR, "linestyle": "--", "linewidth": 1.8}
     left.plot(list(ceilings), list(ceilings.values()), label="ceiling: bytes or operations at full speed", **style)
-    if kind == "prefill":
+    if kind == "prompt":
         style |= {"linestyle": ":", "color": plots.COLOURS[6]}
         left.plot(list(bounds), list(bounds.values()), label="bound: its parts at their ceilings, in turn", **style)
     plots.ceiling_line(right, 100, "ceiling in %")

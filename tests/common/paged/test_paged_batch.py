@@ -22,7 +22,7 @@ def test_a_step_written_out():
     a, b, c, d = (make_request(n, i) for i, n in enumerate((3, 2, 4, 9)))
     chunks = [Chunk(a, 5, 1), Chunk(b, 2, 1), Chunk(c, 0, 4), Chunk(d, 2, 3)]
     host = HostBatch.of(chunks, [7, 0, 2, 5])
-    assert host.num_decodes == 2 and host.num_tokens == 9
+    assert host.num_decodes == 2 and host.num_tokens == 9 and not host.all_sample
     assert host.positions.tolist() == [5, 2, 0, 1, 2, 3, 2, 3, 4]
     assert host.token_slots.tolist() == [7, 0, 2, 2, 2, 2, 5, 5, 5]
     assert host.prompt_tokens.tolist() == [200, 201, 202, 203, 302, 303, 304]
@@ -39,6 +39,7 @@ def test_the_last_piece_of_a_prompt_samples():
     assert HostBatch.of([Chunk(d, 5, 3)], [0]).sampled_rows.tolist() == []
     host = HostBatch.of([Chunk(d, 5, 4)], [0])
     assert host.sampled_rows.tolist() == [0] and host.last_tokens.tolist() == [3] and host.num_decodes == 0
+    assert host.all_sample
 
 
 def test_after_a_preemption_known_output_tokens_are_prompt_tokens():
