@@ -128,17 +128,24 @@ class Engine:
     @torch.inference_mode()
     def launch(self, chunks: Sequence[Chunk]) -> EngineStep:
         """Take pages, enqueue forward and sampling, return at once. OutOfPages leaves everything as it was."""
-        host, page_updates = self._admit(chunks)
-        if self.graphs is not None and host.num_decodes == len(chunks) and _all_greedy(chunks):
-            ids = self.graphs.run(host, page_updates, [request.pages.indices for request, _, _ in chunks])
-            return self._to_host([request for request, _, _ in chunks], ids)
-        packed = self._pack(chunks, host, page_updates)
-        return self._to_host([request for request, _, _ in packed.sampled_chunks], self._compute(packed))
+        requests, _, ids = self._run(chunks)
+        return self._to_host(requests, ids)
 
     @torch.inference_mode()
     def pack(self, chunks: Sequence[Chunk]) -> Packed:
         """What `launch` computes without a graph, ready but not computed: for looking into a step."""
         return self._pack(chunks, *self._admit(chunks))
+
+    @torch.inference_mode()
+    def hidden_states(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """What `launch` samples from, computed as it does, graphs included: the final hidden states [S, hidden size] of
+        the chunks that sample, until the next step. For looking into a step."""
+        return self._run(chunks)[1]
+
+    def set_next_tokens(self, requests: Sequence[Request], ids: torch.Tensor) -> None:
+        """Teacher forcing: the next decode of each request takes `ids` [len(requests)] instead of what was sampled."""
+        slots = torch.tensor([self._slots[request] for request in requests], device=self.model.device)
+        self.last_token[slots] = ids.to(self.last_token)
 
     def release(self, request: Request) -> None:
         """Give the request's pages and its line back; only when no launched step can touch them."""
@@ -153,6 +160,15 @@ class Engine:
         self._upload.fill(target, arrays)
 
     # --- one step ----------------------------------------------------------------------------------------------------
+    def _run(self, chunks: Sequence[Chunk]) -> tuple[list[Request], torch.Tensor, torch.Tensor]:
+        """Enqueue a step: the requests whose chunks sample, their final hidden states, their sampled ids."""
+        host, page_updates = self._admit(chunks)
+        if self.graphs is not None and host.num_decodes == len(chunks) and _all_greedy(chunks):
+            hidden, ids = self.graphs.run(host, page_updates, [request.pages.indices for request, _, _ in chunks])
+            return [request for request, _, _ in chunks], hidden, ids
+        packed = self._pack(chunks, host, page_updates)
+        return [request for request, _, _ in packed.sampled_chunks], *self._compute(packed)
+
     def _admit(self, chunks: Sequence[Chunk]) -> tuple[HostBatch, list[np.ndarray]]:
         """Pages for the step, and a line of the page table for each request that is new."""
         requests = [request for request, _, _ in chunks]
@@ -179,19 +195,19 @@ class Engine:
         sampled_chunks = chunks if host.all_sample else [chunks[row] for row in host.sampled_rows.tolist()]
         return Packed(tokens, attend, batch, sampled_chunks)
 
-    def _compute(self, packed: Packed) -> torch.Tensor:
-        """The step as it stands, kernel by kernel; returns the sampled ids on the device."""
+    def _compute(self, packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+        """The step as it stands, kernel by kernel."""
         batch, chunks = packed.batch, packed.sampled_chunks
         hidden = self.model.forward(packed.tokens, packed.attend, batch.last_tokens)
         if not chunks:
-            return hidden.new_empty(0, dtype=torch.int64)
+            return hidden, hidden.new_empty(0, dtype=torch.int64)
         if _all_greedy(chunks):
             ids = self.model.greedy(hidden)
         else:
             params = [chunk.request.sampling for chunk in chunks]
             ids = sample(self.model.logits(hidden), params, [chunk.start + chunk.length for chunk in chunks])
         self.last_token[batch.slots[batch.sampled_rows]] = ids
-        return ids
+        return hidden, ids
 
     def _new_pages(self, growing: Sequence[Request]) -> list[np.ndarray]:
         """Entries that the device's page table lacks, those of requests with new pages, as (line, column, page)

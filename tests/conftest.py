@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import sys
 import zlib
+from types import SimpleNamespace
 
 # One thread a process: the tests run in two processes on two cores, and threads that wait for each other spin. Scripts
 # that tests start inherit it. It counts only before torch is imported.
@@ -75,3 +77,77 @@ def lively():
         config, _LivelyWeights(config), Shard.whole(config), torch.device("cpu"), torch.float32, origin="lively"
     )
     return model, ByteTokenizer(config)
+
+
+class _Replayed:
+    """Stands for a CUDA graph: replaying computes the step again. Its results are new tensors: on a GPU they are copied
+    away before the next replay, in the stream's order.
+    """
+
+    def __init__(self):
+        self.owner = sys._getframe(1).f_locals["self"]  # the bucket that is being captured
+
+    def replay(self):
+        self.owner.hidden, self.owner.ids = self.owner._step()
+
+
+class _Nothing:
+    """A stream or the context of one: whatever is asked of it, nothing happens."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch, lively):
+    """The lively model as a GPU would run it, on the CPU: every choice falls on our kernels (Triton's interpreter runs
+    them) and decode steps run in stand-ins for CUDA graphs.
+    """
+    import common.engine
+    import common.kernels.linear
+    import common.paged.batch
+    import common.paged.graphs
+    import common.scripts.ablation
+    from common.kernels import argmax, linear, paged_decode, paged_prefill, rms_norm, rope_append, runtime, silu_mul
+    from common.operations import with_kernels
+
+    if not (runtime.HAS_TRITON and runtime.INTERPRETED):
+        pytest.skip("needs Triton's interpreter")
+    ablation, graphs = common.scripts.ablation, common.paged.graphs
+    for module in (argmax, linear, paged_decode, paged_prefill, rms_norm, rope_append, silu_mul, ablation):
+        monkeypatch.setattr(module, "runs_triton", lambda x: True)
+    for module in (linear, ablation):
+        monkeypatch.setattr(module, "small_gemm_pays", lambda x: True)
+    monkeypatch.setattr(linear, "_can_prepack", lambda weight: False)
+    for module in (common.engine, ablation):
+        pick = module.pick_backend
+        monkeypatch.setattr(
+            module,
+            "pick_backend",
+            lambda name, model, pick=pick: dataclasses.replace(
+                pick("triton" if name == "auto" else name, model), captures=True
+            ),
+        )
+    cuda = SimpleNamespace(
+        Stream=_Nothing, current_stream=_Nothing, stream=_Nothing, graph=_Nothing, CUDAGraph=_Replayed,
+        graph_pool_handle=lambda: None,
+    )  # fmt: skip
+    monkeypatch.setattr(
+        graphs, "torch", type("torch", (), {"cuda": cuda, "__getattr__": lambda self, name: getattr(torch, name)})()
+    )
+
+    def fill(self, target, arrays):
+        target.copy_(torch.cat([torch.as_tensor(array, dtype=torch.int32) for array in arrays]))
+
+    monkeypatch.setattr(common.paged.batch.Upload, "fill", fill)
+    model, tokenizer = lively
+    return with_kernels(model, runtime.Kernels.ALL), tokenizer

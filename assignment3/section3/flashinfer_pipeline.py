@@ -4,12 +4,14 @@ Each request owns pages of the pool, as many as its tokens need, in any order; a
 table. So nothing is padded, memory is given back page by page, and one step computes tokens of any mixture of requests.
 
 Method: `Engine.generate_batched` below is the plain loop: prefill all that fit, decode together, release, take more;
-the next step is launched before the last one is read. It answers the built-in prompts (or --prompts), then three
-sweeps, then where the time of a step goes.
-Output: results/pipeline_{decode,prefill,batch}.{csv,json,png}, pipeline_breakdown.{csv,json,png}.
+the next step is launched before the last one is read. It answers the built-in prompts (or --prompts), then four
+sweeps, then where the time of a step goes. --ablation measures instead what each technique buys, one more a bar.
+Output: results/pipeline_{decode,prefill,batch,context}.{csv,json,png}, pipeline_breakdown.{csv,json,png};
+pipeline_ablation.{csv,json,png}.
 
     python assignment3/section3/flashinfer_pipeline.py
     python assignment3/section3/flashinfer_pipeline.py --no-sweep --stream --prompt "Why is the sky blue?"
+    python assignment3/section3/flashinfer_pipeline.py --ablation
 """
 
 import sys
@@ -40,17 +42,18 @@ PROMPTS = (
 PRESETS = {
     "quick": {
         "max_new_tokens": 8, "output_lengths": [2, 4, 8], "input_length": 16, "decode_batch": 4,
-        "seq_lens": [16, 32, 64], "batch_sizes": [1, 2, 4], "batch_tokens": 8, "repeats": 1, "warmup": 0,
+        "seq_lens": [16, 32, 64], "batch_sizes": [1, 2, 4], "batch_tokens": 8, "kv_lens": [32, 64], "context_tokens": 4,
+        "repeats": 1, "warmup": 0,
     },
     "laptop": {
         "max_new_tokens": 40, "output_lengths": [4, 8, 16, 32], "input_length": 32, "decode_batch": 8,
-        "seq_lens": [32, 64, 128, 256, 512], "batch_sizes": [1, 2, 4, 8, 16], "batch_tokens": 12, "repeats": 2,
-        "warmup": 0,
+        "seq_lens": [32, 64, 128, 256, 512], "batch_sizes": [1, 2, 4, 8, 16], "batch_tokens": 12,
+        "kv_lens": [128, 512, 1024], "context_tokens": 8, "repeats": 2, "warmup": 0,
     },
     "course": {
         "max_new_tokens": 128, "output_lengths": [32, 64, 128, 256, 512, 1024], "input_length": 256,
         "decode_batch": 32, "seq_lens": [1 << e for e in range(8, 15)], "batch_sizes": [1 << e for e in range(9)],
-        "batch_tokens": 128, "repeats": 5,
+        "batch_tokens": 128, "kv_lens": [1024, 4096, 16384, 32768], "context_tokens": 64, "repeats": 5,
     },
 }  # fmt: skip
 
@@ -230,9 +233,25 @@ def check(exp, requests, tokens=3, rows=3):
         print(require_equal(exp.model, prompts, expected, got, "requests together against each alone"))
 
 
+def ablate(args):
+    from common import roofline
+    from common.scripts import ablation, experiment, pipeline_plots
+
+    ablation.refuse_unused(args)
+    exp = experiment.prepare(args, __file__, ablation.PRESETS)
+    file = ablation.Ablation(exp, Engine).measure()
+    pictures = [] if args.no_plot else [pipeline_plots.draw_ablation(file.path)]
+    cli.print_table(file.rows, [c for c in file.columns if c not in ablation.NOT_PRINTED])
+    print(ablation.conclusion(file.rows))
+    cli.print_written(file.path, file.json_path, *pictures)
+    roofline.report_suspects(file.rows, exp.model.device.type)
+
+
 def main(args):
     from common.scripts import breakdown, experiment, pipeline_plots, pipeline_sweeps
 
+    if args.ablation:
+        return ablate(args)
     exp = experiment.prepare(args, __file__, PRESETS)
     engine = Engine(
         exp.model,
@@ -286,6 +305,7 @@ if __name__ == "__main__":
             "--input-length": "prompt tokens of that batch",
             "--seq-lens": "prompt lengths to prefill, one at a time",
             "--batch-sizes": "requests at once",
+            "--kv-lens": "contexts at which to decode one request",
         },
         text=True,
         compare=("hf",),
@@ -299,6 +319,7 @@ if __name__ == "__main__":
         "--kv-memory", type=share, metavar="SHARE", help="share of the free memory for KV pages (0.96 on a GPU)"
     )
     parser.add_argument("--backend", default="auto", help="attention: auto, torch, triton or flashinfer")
+    parser.add_argument("--ablation", action="store_true", help="measure what each technique buys, one more a bar")
     parser.add_argument("--no-sweep", action="store_true", help="answer the prompts only")
     parser.add_argument("--stream", action="store_true", help="show the answers as they come")
     cli.run(main, parser)

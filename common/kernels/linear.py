@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from common.kernels.argmax import argmax
+from common.kernels.argmax import argmax, argmax_reference
 from common.kernels.matvec import MAX_IN_FEATURES, matvec
 from common.kernels.rms_norm import Norm, rms_norm
-from common.kernels.runtime import runs_triton
-from common.kernels.silu_mul import silu_mul
+from common.kernels.runtime import Kernels, runs_triton
+from common.kernels.silu_mul import silu_mul, silu_mul_reference
 from common.kernels.small_gemm import small_gemm, small_gemm_pays
 
 if TYPE_CHECKING:
@@ -45,16 +45,23 @@ class Linear:
 
     `group`: the ranks over which this product's input columns are split (tensor parallelism, row split; a
     `common.tensor_parallel.collectives.TensorParallel`), or None. `linear_add` sums over it; nothing else of the
-    decoder knows.
+    decoder knows. `kernels`: how it and its neighbours are computed; below ALL nothing is prepacked.
     """
 
-    def __init__(self, weight: torch.Tensor, *, prepack: bool = True, group: TensorParallel | None = None) -> None:
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        *,
+        prepack: bool = True,
+        group: TensorParallel | None = None,
+        kernels: Kernels = Kernels.ALL,
+    ) -> None:
         self.out_features, self.in_features = weight.shape
         self.dtype, self.device = weight.dtype, weight.device
-        self.group = group
+        self.group, self.kernels = group, kernels
         self._packed = None
         self._weight: torch.Tensor | None = weight
-        if prepack and _can_prepack(weight):
+        if prepack and kernels is Kernels.ALL and _can_prepack(weight):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
             self._weight = None  # the packed copy replaces the plain one: a model is held once
 
@@ -80,6 +87,8 @@ class Linear:
         """
         if self._packed is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, None, "add")
+        if self.kernels is Kernels.PLAIN:
+            return residual + self(x)
         return residual.addmm_(x, self._weight.t())
 
 
@@ -100,7 +109,7 @@ class SplitHead(Linear):
 
 def choose(x: torch.Tensor, linear: Linear, most_rows: int) -> str:
     """Which product runs: "matvec" (one row), "small_gemm" (up to most_rows, on Hopper) or "library"."""
-    if linear.is_prepacked or not runs_triton(x):
+    if linear.is_prepacked or linear.kernels is not Kernels.ALL or not runs_triton(x):
         return "library"
     if len(x) == 1 and linear.in_features <= MAX_IN_FEATURES:
         return "matvec"
@@ -131,7 +140,9 @@ def norm_gate_up_silu(x: torch.Tensor, norm: Norm, gate_up: Linear) -> torch.Ten
     if kernel == "matvec":
         return matvec(x, gate_up.weight, norm_weight=norm.weight, eps=norm.eps, silu=True)
     x = rms_norm(x, norm)
-    return small_gemm(x, gate_up.weight, silu=True) if kernel == "small_gemm" else silu_mul(gate_up(x))
+    if kernel == "small_gemm":
+        return small_gemm(x, gate_up.weight, silu=True)
+    return (silu_mul_reference if gate_up.kernels is Kernels.PLAIN else silu_mul)(gate_up(x))
 
 
 def linear_float32(x: torch.Tensor, linear: Linear) -> torch.Tensor:
@@ -143,7 +154,7 @@ def greedy_ids(x: torch.Tensor, linear: Linear) -> torch.Tensor:
     """The index of each row's largest product, [R, D] -> int64 [R]. A library's product is compared as it was rounded:
     making float32 of it first would change nothing but the bytes moved.
     """
-    return argmax(head_product(x, linear))
+    return (argmax_reference if linear.kernels is Kernels.PLAIN else argmax)(head_product(x, linear))
 
 
 def head_product(x: torch.Tensor, linear: Linear) -> torch.Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from common.kernels.runtime import (
+    Kernels,
     gdc_launch_dependents,
     gdc_wait,
     jit,
@@ -26,10 +27,11 @@ MAX_FEATURES = 32768  # a row is held in the registers of one program
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm's parameters: `weight` [D] in the model's dtype, and the checkpoint's own `eps`."""
+    """A norm's parameters: `weight` [D] in the model's dtype, the checkpoint's own `eps`, and how it is computed."""
 
     weight: torch.Tensor
     eps: float
+    kernels: Kernels = Kernels.ALL
 
 
 def rms_norm_reference(x: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -95,7 +97,7 @@ def add_rms_norm_triton(x: torch.Tensor, residual: torch.Tensor, norm: Norm) -> 
 
 def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     """[T, D] -> [T, D]."""
-    if runs_triton(x) and x.shape[-1] <= MAX_FEATURES:
+    if norm.kernels > Kernels.PLAIN and runs_triton(x) and x.shape[-1] <= MAX_FEATURES:
         return rms_norm_triton(x, norm)
     return rms_norm_reference(x, norm)
 

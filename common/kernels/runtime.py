@@ -6,6 +6,7 @@ Machines without Triton (macOS, Windows) must still import the kernel files for 
 
 from __future__ import annotations
 
+import enum
 import functools
 import os
 from types import SimpleNamespace
@@ -26,6 +27,14 @@ except ImportError:  # no wheel for this platform
 
 # Read once, as Triton does: kernels are interpreted or compiled according to its value when they are defined.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+class Kernels(enum.IntEnum):
+    """How far the decoder's operations are fused, as their weights say (`Linear.kernels`, `Norm.kernels`)."""
+
+    PLAIN = 0  # torch's operations, one after the other
+    FUSED = 1  # norms, activation and greedy choice in a kernel each, the residual in the product's epilogue
+    ALL = 2  # products of our own, too, where they pay; on a CPU oneDNN's prepacked weights
 
 
 class _AbsentKernel:

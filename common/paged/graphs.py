@@ -31,7 +31,7 @@ def bucket_of(batch_size: int) -> int:
 
 
 class _Graph:
-    """One bucket: its static inputs, its captured step, its sampled ids."""
+    """One bucket: its static inputs, its captured step, its final hidden states and sampled ids."""
 
     def __init__(self, engine: Engine, size: int, memory_pool: object) -> None:
         device = engine.model.device
@@ -53,7 +53,7 @@ class _Graph:
         torch.cuda.current_stream(device).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=memory_pool):
-            self.ids = self._step()
+            self.hidden, self.ids = self._step()
 
     def plan(self, kv_lens: np.ndarray, page_lists: Sequence[Sequence[int]]) -> np.ndarray:
         """What a backend plans on the host for these rows and the padding behind them; returns the lengths of all."""
@@ -75,7 +75,7 @@ class _Graph:
         slots = np.concatenate([host.slots, np.full(self.size - len(host.slots), engine.max_requests, np.int32)])
         return [slots, self.plan(host.kv_lens, page_lists), *updates]
 
-    def _step(self) -> torch.Tensor:
+    def _step(self) -> tuple[torch.Tensor, torch.Tensor]:
         engine = self._engine
         engine.page_table[self.lines, self.columns] = self.pages
         arange = torch.arange(self.size + 1, dtype=torch.int32, device=self.slots.device)
@@ -90,9 +90,10 @@ class _Graph:
             last_tokens=arange[:-1],
         )
         tokens = engine.last_token[self.slots]
-        ids = engine.model.greedy(engine.model.forward(tokens, self.decode.attend(batch)))
+        hidden = engine.model.forward(tokens, self.decode.attend(batch))
+        ids = engine.model.greedy(hidden)
         engine.last_token[self.slots] = ids
-        return ids
+        return hidden, ids
 
 
 class DecodeGraphs:
@@ -109,13 +110,16 @@ class DecodeGraphs:
             self._graph(size)
         return len(self._graphs)
 
-    def run(self, host: HostBatch, page_updates: list[np.ndarray], page_lists: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Replay the bucket of a step of decodes with greedy sampling; returns the sampled ids [D] on the device."""
+    def run(
+        self, host: HostBatch, page_updates: list[np.ndarray], page_lists: Sequence[Sequence[int]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Replay the bucket of a step of decodes with greedy sampling; returns the final hidden states [D, hidden size]
+        and the sampled ids [D], on the device, until the bucket's next replay."""
         engine, count = self._engine, len(host.slots)
         graph = self._graph(bucket_of(count))
         engine.fill(graph.inputs, graph.arrays(host, page_updates, page_lists))
         graph.graph.replay()
-        return graph.ids[:count]
+        return graph.hidden[:count], graph.ids[:count]
 
     def _graph(self, size: int) -> _Graph:
         if size not in self._graphs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ REQUIRED = (
 SWEEPS = {  # file: title, what x is, axis label, y label
     "pipeline_decode": ("Decoding many requests together", "output", "output tokens a request", "tokens per second"),
     "pipeline_prefill": ("Reading one prompt", "prompt", "prompt tokens", "prompt tokens per second"),
+    "pipeline_context": ("What does a long context cost?", "context", "tokens of context", "tokens per second"),
     "pipeline_batch": ("More requests at once", "batch", "requests", "output tokens per second"),
 }
 
@@ -43,7 +45,8 @@ def draw_all(sweeps: Sequence[ResultFile], parts: ResultFile | None) -> list[Pat
 def _x(row: dict[str, Any], kind: str) -> float:
     if kind == "batch":
         return row["batch_size"]
-    return row[f"{kind}_tokens"] // row["batch_size"]
+    tokens = row["prompt_tokens"] + row["output_tokens"] if kind == "context" else row[f"{kind}_tokens"]
+    return tokens // row["batch_size"]
 
 
 def draw_sweep(csv_path: Path) -> Path:
@@ -113,4 +116,30 @@ def draw_breakdown(csv_path: Path) -> Path:
     for ax in fig.axes[:-1]:
         ax.legend([], []).set_visible(False)
     fig.axes[-1].legend([shown[n] for n in order], order, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    return plots.save(fig, csv_path.with_suffix(".png"), plots.footer(csv_path))
+
+
+def draw_ablation(csv_path: Path) -> Path:
+    """A panel a batch size: a bar a technique, from the first to all of them, and the machine's ceiling."""
+    needed = ("batch_size", "technique", "tokens_per_s", "mbu", "speedup", "ceiling_tokens_per_s", "suspect")
+    rows = read_rows(csv_path, needed)
+    sizes = list(dict.fromkeys(row["batch_size"] for row in rows))
+    fig, axes = plots.new_figure("What does each technique buy when decoding?", panels=len(sizes))
+    for ax, size in zip(axes if len(sizes) > 1 else [axes], sizes):
+        part = [row for row in rows if row["batch_size"] == size]
+        ceiling = max(row["ceiling_tokens_per_s"] for row in part)
+        for place, row in enumerate(part):
+            colour = plots.COLOURS[0]
+            ax.barh(place, row["tokens_per_s"], 0.7, color="white" if row["suspect"] else colour, edgecolor=colour)
+            text = f"{format_value(row['tokens_per_s'])}  (MBU {row['mbu']:.0%}"
+            text += f", {row['speedup']:.2f}x)" if row["speedup"] else ")"
+            ax.text(row["tokens_per_s"] + 0.01 * ceiling, place, text, va="center", fontsize=11)
+        style = {"color": plots.CEILING_COLOUR, "linestyle": "--", "linewidth": 1.8, "gid": "ceiling"}
+        ax.axvline(ceiling, label=f"ceiling: {format_value(ceiling)} tokens/s", **style)
+        ax.set_yticks(range(len(part)), [textwrap.fill(str(row["technique"]), 18) for row in part])
+        ax.invert_yaxis()
+        ax.set_xlim(0, 1.35 * max(ceiling, *(row["tokens_per_s"] for row in part)))
+        ax.set(title=f"batch {size}", xlabel="tokens per second")
+        ax.grid(False, axis="y")
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, -0.24))
     return plots.save(fig, csv_path.with_suffix(".png"), plots.footer(csv_path))

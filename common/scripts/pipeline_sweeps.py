@@ -1,4 +1,4 @@
-"""The three sweeps of the pipeline script: decode length in one batch, prefill length alone, batch size.
+"""The four sweeps of the pipeline script: decode length in one batch, prefill length alone, batch size, context.
 
 What is timed is the script's own `generate_batched`, token ids in, token ids out, scheduling included; the time of a
 token is when the host has read it. MBU and MFU come from what the launched steps computed (common/step_cost.py), and so
@@ -7,6 +7,7 @@ does bound_tokens_per_s: the same steps with each of their parts at its own ceil
 decode   tokens_per_s = B (n - 1) / (time of the n-th tokens - time of the first); one run passes all lengths
 prefill  tokens_per_s = prompt tokens / time to the first token
 batch    tokens_per_s = output tokens / time of the whole call
+context  as decode, of one request, the last tokens before its context is that long
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def _batch_figure(runs: Sequence[Run], batch: int, prompt: int, n: int) -> Figur
 
 
 class Sweeps:
-    """The three sweeps over the script's Engine and the peers of --compare."""
+    """The four sweeps over the script's Engine and the peers of --compare."""
 
     def __init__(self, exp: Experiment, engine: Any) -> None:
         self.exp, self.engine, self.args = exp, engine, exp.args
@@ -89,11 +90,12 @@ class Sweeps:
 
             self.peer = HuggingFacePeer(exp.model)
         self.names = ("ours", "hf") if self.peer else ("ours",)
+        self.contexts = self._contexts()  # now: what was typed wrongly is refused before anything is measured
 
     def measure(self) -> list[ResultFile]:
         """The files that have rows; a sweep that Ctrl-C ended is the last."""
         files = []
-        for sweep in (self.decode, self.prefill, self.batch):
+        for sweep in (self.decode, self.prefill, self.batch, self.context):
             if not self.args.interrupted:
                 files.append(sweep())
         if not any(file.rows for file in files):
@@ -133,6 +135,22 @@ class Sweeps:
             for size in sizes:
                 self._rows(file, size, tokens, [tokens], _batch_figure)
         return file
+
+    def context(self) -> ResultFile:
+        tokens = self.args.context_tokens
+        with self._file("pipeline_context") as file, cli.keep_partial(self.args):
+            for length in self.contexts:
+                self._rows(file, 1, length - tokens, [tokens], _decode_figure)
+        return file
+
+    def _contexts(self) -> list[int]:
+        args, pool, tokens = self.args, self.engine.pool, self.args.context_tokens
+        limit = min(self.exp.model.config.max_position_embeddings, pool.capacity * pool.page_size)
+        typed = "kv_lens" in self.exp.typed
+        lengths = cli.clip_sweep(args.kv_lens, limit, typed=typed, what="what context and pool hold:")
+        if min(lengths) <= tokens:
+            raise UserError(f"--kv-lens: {min(lengths)} leaves no prompt before the {tokens} tokens that are decoded")
+        return lengths
 
     def _requests_that_fit(self, tokens: int) -> int:
         return max(self.engine.pool.capacity // pages_for(tokens, self.engine.pool.page_size), 1)
@@ -263,5 +281,14 @@ def conclusion(exp: Experiment, files: Sequence[ResultFile]) -> str:
         texts.append(
             f"{last['batch_size']} requests at once gave {last['tokens_per_s'] / first['tokens_per_s']:.3g} times the "
             f"tokens/s of {first['batch_size']}"
+        )
+    if rows.get("pipeline_context"):
+        first, last = rows["pipeline_context"][0], rows["pipeline_context"][-1]
+        lengths = [row["prompt_tokens"] + row["output_tokens"] for row in (first, last)]
+        limits = [row["tokens_per_s"] / max(row["mbu"], row["mfu"]) for row in (first, last)]
+        texts.append(
+            f"with {lengths[1]} tokens of context a request decodes {last['tokens_per_s']:.4g} tokens/s, "
+            f"{last['tokens_per_s'] / first['tokens_per_s']:.0%} of what it does with {lengths[0]}; by the bytes to "
+            f"read it could be {limits[1] / limits[0]:.0%}"
         )
     return "; ".join(texts) + "."

@@ -277,11 +277,11 @@ def test_the_whole_script(tmp_path):
     done = run_script("--preset", "quick", "--compare", "hf", "--out", out, "--dump-tokens", dump, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "0 at the end" in done.stdout and "requests together against each alone: the same tokens" in done.stdout
-    for name in ("decode", "prefill", "batch", "breakdown"):
+    for name in ("decode", "prefill", "batch", "context", "breakdown"):
         for suffix in ("csv", "json", "png"):
             assert (out / f"pipeline_{name}.{suffix}").stat().st_size > 100
     promised = ["backend", "batch_size", "prompt_tokens", "output_tokens", "time", "tokens_per_s", "mbu", "mfu"]
-    for name, count in (("decode", 3), ("prefill", 3), ("batch", 3)):
+    for name, count in (("decode", 3), ("prefill", 3), ("batch", 3), ("context", 2)):
         header = (out / f"pipeline_{name}.csv").read_text().splitlines()[0].split(",")
         assert header[: len(promised)] == promised and header[-1] == "engine"
         rows = read_rows(out / f"pipeline_{name}.csv", promised)
@@ -295,6 +295,8 @@ def test_the_whole_script(tmp_path):
     assert [r["batch_size"] for r in batch] == [1, 2, 4]
     assert all(r["prompt_tokens"] == r["output_tokens"] == 8 * r["batch_size"] for r in batch)
     assert all(r["tokens_per_s"] == pytest.approx(r["output_tokens"] / r["time"]) for r in batch)
+    context = [r for r in read_rows(out / "pipeline_context.csv", promised) if r["engine"] == "ours"]
+    assert [(r["prompt_tokens"] + r["output_tokens"], r["output_tokens"]) for r in context] == [(32, 4), (64, 4)]
     parts = read_rows(out / "pipeline_breakdown.csv", ("phase", "part", "time_us", "ceiling_us"))
     names = ["qkv", "rope+append", "attention", "o_proj", "gate_up", "down", "norms", "head", "sampling", "host gaps"]
     assert [r["part"] for r in parts] == names * 2
@@ -329,6 +331,8 @@ def test_prompts_from_a_file_streamed_from_a_pool_that_one_does_not_fit(tmp_path
         (["--backend", "vllm"], 2, "--backend vllm: unknown"),
         (["--kv-pages", "0"], 2, "'0' is not a whole number of 1 or more"),
         (["--kv-memory", "1.5"], 2, "'1.5' is not a share of 0 to 1"),
+        (["--kv-lens", "4", "--no-plot"], 2, "--kv-lens: 4 leaves no prompt before the 4 tokens that are decoded"),
+        (["--kv-lens", "4096", "--no-plot"], 2, "2^12 is above what context and pool hold: 2048"),
     ],
 )
 def test_mistakes_are_one_line(options, code, message, tmp_path):
