@@ -6,13 +6,16 @@ wrong KV heads, a head tied that should not be, `rows` picked from the wrong lay
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import random
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from common import llama
 from common.attention import Prefill
 from common.checkpoint import Shard, build
 from common.config import ModelConfig, RopeScaling
@@ -150,3 +153,15 @@ def test_the_comparison_sees_known_bugs(bug, tmp_path, monkeypatch):
     with torch.inference_mode():
         expected = hf(torch.tensor([prompt])).logits[0]
     assert (packed_logits(ours, [prompt]) - expected).abs().max() > 10 * TOLERANCE
+
+
+def test_the_decoder_knows_no_backend_and_fits_on_a_screen():
+    """It imports no Triton and has one branch, on the wanted rows: what runs where is chosen behind its operations."""
+    tree = ast.parse(inspect.getsource(llama))
+    imports = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    modules = {a.name for n in imports for a in n.names} | {getattr(n, "module", None) or "" for n in imports}
+    assert not any("triton" in name or "flashinfer" in name or "paged" in name for name in modules), modules
+    branches = (ast.If, ast.IfExp, ast.Match, ast.While, ast.Try)
+    found = [ast.unparse(n.test) for n in ast.walk(tree) if isinstance(n, branches)]
+    assert found == ["rows is not None and i == len(self.layers) - 1"]
+    assert len(inspect.getsource(llama.Llama.forward).splitlines()) <= 40
