@@ -26,7 +26,7 @@ from common.paged.batch import DeviceBatch, HostBatch, Upload
 from common.paged.graphs import DecodeGraphs
 from common.pages import pages_for
 from common.sampling import GREEDY, sample
-from common.serving import Chunk, Request, release_pages, reserve_pages
+from common.serving import Chunk, InputRequest, Request, release_pages, reserve_pages
 
 # Of the memory that is free beside weights, graphs and the largest step, where --kv-memory is not given: a GPU is ours
 # but for what fragments, a laptop has other things to do.
@@ -146,6 +146,23 @@ class Engine:
         """Teacher forcing: the next decode of each request takes `ids` [len(requests)] instead of what was sampled."""
         slots = torch.tensor([self._slots[request] for request in requests], device=self.model.device)
         self.last_token[slots] = ids.to(self.last_token)
+
+    def warm_up(self, max_batch_size: int) -> None:
+        """Make ready what the first requests would wait for on a GPU: kernels, and the graphs of up to so many
+        decodes.
+        """
+        if self.model.device.type != "cuda":
+            return
+        length = 17  # like most lengths: kernels are compiled anew for sizes of 1 and for multiples of 16
+        count = min(max_batch_size, 2, self.pool.capacity // pages_for(length, self.page_size))
+        requests = [Request(InputRequest("", 2, [0] * length), -1 - row) for row in range(count)]
+        if requests:
+            self.launch([Chunk(request, 0, length) for request in requests]).tokens()
+        for request in requests:
+            self.release(request)
+        if self.graphs is not None:
+            self.graphs.capture(min(max_batch_size, self.max_requests))
+        torch.cuda.synchronize(self.model.device)
 
     def release(self, request: Request) -> None:
         """Give the request's pages and its line back; only when no launched step can touch them."""

@@ -15,10 +15,12 @@ pipeline_ablation.{csv,json,png}.
 """
 
 import sys
+import time
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+BEGAN = time.perf_counter()
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common import cli
@@ -176,7 +178,7 @@ def __getattr__(name):
 
 
 # --- the script ------------------------------------------------------------------------------------------------------
-def complete(exp, engine, texts):
+def complete(exp, engine, texts, start_up):
     """Answer `texts` together; print the completions, the speeds and the pages. Returns the requests."""
     from common.scripts import text_run
     from common.scripts.text_stream import TextStream
@@ -202,8 +204,14 @@ def complete(exp, engine, texts):
     stream = TextStream(tokenizer, len(texts), lambda r: show(r, text_too=not single)) if args.stream else None
     if stream and single:
         print(f"\n> {text_run.shown(texts[0])}")
+
+    def on_token(request):
+        start_up.token()
+        if stream:
+            stream(request)
+
     start = engine.steps.now()
-    requests = engine.generate_batched(given, stream)
+    requests = engine.generate_batched(given, on_token)
     seconds = engine.steps.now() - start
     if stream:
         stream.finish()
@@ -214,7 +222,7 @@ def complete(exp, engine, texts):
     print(
         f"\n{len(requests)} requests, {total} tokens in {seconds:.2f} s: {total / seconds:.1f} tokens/s in all, "
         f"reading the prompts included\npages: {engine.peak_pages} of {engine.pool.capacity} at the peak, "
-        f"{engine.pool.capacity - engine.num_free_pages} at the end"
+        f"{engine.pool.capacity - engine.num_free_pages} at the end\n{start_up.first_token()}"
     )
     if args.dump_tokens:
         text_run.dump_requests(args.dump_tokens, requests)
@@ -248,22 +256,29 @@ def ablate(args):
 
 
 def main(args):
-    from common.scripts import breakdown, experiment, pipeline_plots, pipeline_sweeps
+    from common.scripts import breakdown, experiment, pipeline_plots, pipeline_sweeps, start_up
 
     if args.ablation:
         return ablate(args)
-    exp = experiment.prepare(args, __file__, PRESETS)
-    engine = Engine(
-        exp.model,
-        exp.tokenizer,
-        backend=args.backend,
-        page_size=args.page_size,
-        num_pages=args.kv_pages,
-        kv_memory=args.kv_memory,
-    )
-    print(engine.steps.describe_pool())
-    texts = cli.typed_prompts(args)
-    check(exp, complete(exp, engine, texts or PROMPTS))
+    start, texts = start_up.StartUp(BEGAN), cli.typed_prompts(args)
+    with start.part("weights"):
+        exp = experiment.prepare(args, __file__, PRESETS, with_ceilings=False)
+    if not (args.no_sweep or texts):
+        with start.part("ceilings"):
+            exp.ceilings  # noqa: B018 (measured here, before the pool takes the free memory)
+    with start.part("KV pool"):
+        engine = Engine(
+            exp.model,
+            exp.tokenizer,
+            backend=args.backend,
+            page_size=args.page_size,
+            num_pages=args.kv_pages,
+            kv_memory=args.kv_memory,
+        )
+    with start.part("graphs"):
+        engine.steps.warm_up(min(len(texts or PROMPTS), 32))  # larger graphs when they are needed
+    print(f"{engine.steps.describe_pool()}\n{start.ready()}", flush=True)
+    check(exp, complete(exp, engine, texts or PROMPTS, start))
     if args.no_sweep or texts:
         return
     sweeps = pipeline_sweeps.Sweeps(exp, engine).measure()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,20 @@ from common.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Experiment:
-    """A script that is ready to measure. `typed` holds the names of the sizes that the user gave."""
+    """A script that is ready to measure. `typed` holds the names of the sizes that the user gave; `known_ceilings` what
+    the machine allows, where that is known: else `ceilings` measures it when first asked.
+    """
 
     args: argparse.Namespace
     out: Path
     typed: set[str]
     model: Llama
     tokenizer: Tokenizer
-    ceilings: roofline.Ceilings
+    known_ceilings: roofline.Ceilings | None = None
+
+    @cached_property
+    def ceilings(self) -> roofline.Ceilings:
+        return self.known_ceilings or roofline.ceilings(self.model.device, self.model.dtype)
 
     @property
     def dtype_name(self) -> str:
@@ -71,8 +78,17 @@ class Experiment:
             )
 
 
-def prepare(args: argparse.Namespace, script_file: str, presets: Mapping[str, Mapping[str, Any]]) -> Experiment:
-    """Everything before the first measurement, cheapest refusals first. Raises UserError; writes nothing."""
+def prepare(
+    args: argparse.Namespace,
+    script_file: str,
+    presets: Mapping[str, Mapping[str, Any]],
+    *,
+    with_ceilings: bool = True,
+) -> Experiment:
+    """Everything before the first measurement, cheapest refusals first. Raises UserError; writes nothing.
+
+    with_ceilings: know them on return. Without, they are measured at first use, before a pool takes the free memory.
+    """
     out = cli.output_dir(args, script_file)
     if getattr(args, "dump_tokens", None):
         cli.check_output_file(args.dump_tokens, "--dump-tokens")
@@ -80,4 +96,4 @@ def prepare(args: argparse.Namespace, script_file: str, presets: Mapping[str, Ma
     dtype = checkpoint.pick_dtype(args.dtype, device)
     typed = cli.apply_preset(args, presets, device.type)
     model, tokenizer = checkpoint.load(args.model, device=device, dtype=dtype, seed=args.seed, context=args.context)
-    return Experiment(args, out, typed, model, tokenizer, roofline.ceilings(device, dtype))
+    return Experiment(args, out, typed, model, tokenizer, roofline.ceilings(device, dtype) if with_ceilings else None)
