@@ -91,7 +91,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """ "auto" is float32 on a CPU, bfloat16 on a GPU that computes it (capability 8.0), else float16."""
-    has_bfloat16 = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
+    has_bfloat16 = _has_bfloat16(device)
     if name == "auto":
         if device.type == "cpu":
             return torch.float32
@@ -101,6 +101,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "bfloat16" and not has_bfloat16:
         raise UserError(f"--dtype bfloat16: {torch.cuda.get_device_name(device)} cannot compute it; use float16")
     return DTYPES[name]
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def resolve(source: str | None, device: torch.device, dtype: torch.dtype, context: int | None = None) -> Source:
@@ -200,6 +204,8 @@ def load(
     if not quiet:
         where = folder if folder is not None else f"a generator (seed {seed}, {found.distribution})"
         size = f"{config.num_parameters / 1e6:,.0f}M parameters, {str(dtype).removeprefix('torch.')} on {device}"
+        if dtype == torch.float16 and not _has_bfloat16(device):
+            size += ", which has no bfloat16"
         print(f"model: {found.name} ({size}), from {where}, because {found.reason}")
     return model, tokenizer
 

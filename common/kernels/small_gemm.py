@@ -111,16 +111,17 @@ def _small_gemm_kernel(
 
 def small_gemm_pays(x: torch.Tensor) -> bool:
     """Whether it was measured faster than the library: 16-bit numbers on Hopper, in rows that descriptors take."""
-    return capability(x.device) >= (9, 0) and x.element_size() == 2 and x.shape[-1] % 8 == 0 and x.stride(0) % 8 == 0
+    return capability(x.device) == (9, 0) and x.element_size() == 2 and x.shape[-1] % 8 == 0 and x.stride(0) % 8 == 0
 
 
 def _plan(rows, outputs, features, silu, x):
     """(BLOCK_N, BLOCK_T, BLOCK_K, splits, num_warps, stages, TMA); measured on an H200 for Hopper, a safe choice
-    elsewhere. Loads through descriptors (TMA) want rows of whole 16-byte pieces."""
+    elsewhere: later devices with 99 KiB of shared memory (12.0) could not hold Hopper's tiles. Loads through
+    descriptors (TMA) want rows of whole 16-byte pieces."""
     block_t = min(128, max(16, next_power_of_2(rows)))
     if x.element_size() > 2:
         return 32, min(block_t, 32), 32, 1, 4, 2, False
-    if capability(x.device) < (9, 0) or features % 8 or x.stride(0) % 8:
+    if capability(x.device) != (9, 0) or features % 8 or x.stride(0) % 8:
         return 64, min(block_t, 64), 64, 1, 4, 3, False
     splits = max(1, min(4, num_sms(x.device) // -(-outputs // 64), features // 512))
     if silu:

@@ -18,6 +18,7 @@ import torch
 
 from common.attention import Attend
 from common.errors import UserError
+from common.kernels.runtime import runs_triton
 from common.kv_cache import DistKVPool
 from common.llama import Llama
 from common.paged.attention import TorchPagedAttend, TritonPagedAttend
@@ -46,9 +47,10 @@ def pick_backend(name: str, model: Llama) -> Backend:
     if name == "auto":
         if not on_gpu:
             return Backend("torch", "the device is a CPU", head_major=True, captures=False)
-        if has_triton:
+        if has_triton and runs_triton(model.embed_tokens):
             return Backend("triton", "Triton is installed", head_major=False, captures=True)
-        return Backend("torch", "Triton is not installed", head_major=True, captures=False)
+        why = "our Triton kernels do not run on this device" if has_triton else "Triton is not installed"
+        return Backend("torch", why, head_major=True, captures=False)
     reason = f"--backend {name}"
     if name == "torch":
         return Backend(name, reason, head_major=True, captures=False)
@@ -57,6 +59,8 @@ def pick_backend(name: str, model: Llama) -> Backend:
             raise UserError("--backend triton: Triton is not installed; pip install triton (Linux)")
         if not on_gpu and not interpreted:
             raise UserError("--backend triton: needs a CUDA device, or TRITON_INTERPRET=1 for its slow interpreter")
+        if on_gpu and not interpreted and not runs_triton(model.embed_tokens):
+            raise UserError("--backend triton: our kernels need compute capability 7.5; use --backend torch")
         return Backend(name, reason, head_major=False, captures=on_gpu)
     if name == "flashinfer":
         if importlib.util.find_spec("flashinfer") is None:

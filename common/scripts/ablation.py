@@ -50,7 +50,7 @@ COLUMNS = (
 NOT_PRINTED = {"time_p10", "time_p90", "prompt_tokens", "output_tokens"}
 PRESETS = {
     "quick": {"batch_sizes": [1, 4], "input_length": 16, "output_lengths": [2, 6], "repeats": 1, "warmup": 0},
-    "laptop": {"batch_sizes": [1, 32], "input_length": 32, "output_lengths": [2, 10], "repeats": 2, "warmup": 0},
+    "laptop": {"batch_sizes": [1, 32], "input_length": 16, "output_lengths": [2, 8], "repeats": 2, "warmup": 0},
     "course": {"batch_sizes": [1, 32], "input_length": 128, "output_lengths": [16, 272], "repeats": 5},
 }
 
