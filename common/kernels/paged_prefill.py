@@ -153,6 +153,8 @@ def _paged_prefill_kernel(
 def _tiles(head_dim, element_size, average_length, device):
     """(BLOCK_M, BLOCK_N, num_warps, stages): measured on an H200 for 16-bit heads of up to 128; small ones elsewhere
     (float32, wide heads and devices with little shared memory)."""
+    if head_dim > 128 and capability(device) < (8, 0):  # 64 KiB of shared memory
+        return 32, 16, 4, 1
     if element_size > 2:
         return 32, 32, 4, 1
     if head_dim > 128 or capability(device) not in {(8, 0), (9, 0)}:
