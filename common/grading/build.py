@@ -1,6 +1,7 @@
 """Compiles a learner's file with its harness: with g++ (or clang++) against the emulation, or with nvcc."""
 
 import difflib
+import functools
 import hashlib
 import os
 import re
@@ -50,7 +51,23 @@ def compiler() -> str:
 
 
 def nvcc() -> str | None:
-    return shutil.which("nvcc")
+    """nvcc on the PATH, else in $CUDA_HOME, else where NVIDIA's installer puts it."""
+    if found := shutil.which("nvcc"):
+        return found
+    return shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
+
+
+@functools.cache
+def gpu_flags() -> tuple[str, ...]:
+    """nvcc and its flags for the GPU in this machine: its own code, so that nothing is compiled when it starts."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        found = {*subprocess.run(query, capture_output=True, text=True, timeout=60).stdout.split()}
+    except (OSError, subprocess.TimeoutExpired):
+        found = set()
+    one_kind = len(found) == 1 and re.fullmatch(r"\d+\.\d", min(found))
+    arch = f"sm_{min(found).replace('.', '')}" if one_kind else "native"
+    return (str(nvcc()), "-std=c++17", "-O3", "-w", "-lineinfo", f"-arch={arch}")
 
 
 def _run(command: list[str], cwd: Path) -> subprocess.CompletedProcess:
@@ -62,19 +79,14 @@ def _run(command: list[str], cwd: Path) -> subprocess.CompletedProcess:
         raise CompileFailed(f"the compiler did not end within {COMPILE_LIMIT_S} s") from None
 
 
-def _cache_folder() -> Path:
-    folder = cache_dir() / "grading"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
 def _cached_object(source: Path, flags: list[str]) -> Path:
     """An object file of our own source: compiled once, and again whenever a source, flag or compiler changes."""
     digest = hashlib.sha256("\0".join([compiler(), *flags]).encode())
     for path in [source, *sorted(EMULATION.rglob("*.h")), *sorted(HARNESS.glob("*.h"))]:
         digest.update(path.read_bytes())
-    target = _cache_folder() / f"{source.stem}-{digest.hexdigest()[:24]}.o"
+    target = cache_dir() / "grading" / f"{source.stem}-{digest.hexdigest()[:24]}.o"
     if not target.exists():
+        target.parent.mkdir(exist_ok=True)
         part = target.with_suffix(f".{os.getpid()}.part")
         done = _run([compiler(), *flags, "-c", str(source), "-o", str(part)], HERE)
         if done.returncode:
@@ -195,27 +207,34 @@ def _link_error(lab: Lab, stderr: str, source: Path) -> Exception:
 
 
 def build_gpu(lab: Lab, source: Path, work: Path) -> Built:
-    """The harness and the learner's file built by nvcc for the GPU in this machine, and a shared library for timing."""
-    base = [
-        str(nvcc()),
-        "-std=c++17",
-        "-O3",
-        "-w",
-        "-lineinfo",
-        "-arch=native",
-        "-I",
-        str(source.parent),
-        "-I",
-        str(lab.folder),
-    ]
-    library = work / "learner.so"
-    done = _run([*base, "-shared", "-Xcompiler", "-fPIC", "-o", str(library), str(source)], work)
-    if done.returncode:
-        raise CompileFailed(_first_error(done.stderr, source.name))
+    """The harness and the learner's file built by nvcc for the GPU in this machine. Raises CompileFailed."""
+    include = ["-I", str(source.parent), "-I", str(lab.folder), "-I", str(HARNESS)]
     program = work / "gpu"
-    done = _run(
-        [*base, "-I", str(HARNESS), "-x", "cu", "-o", str(program), str(source), str(HARNESS / lab.harness)], work
-    )
+    sources = [str(source), str(HARNESS / lab.harness)]
+    done = _run([*gpu_flags(), *include, "-x", "cu", "-o", str(program), *sources], work)
     if done.returncode:
         raise _link_error(lab, done.stderr, source)
-    return Built({"gpu": program, "library": library})
+    return Built({"gpu": program})
+
+
+def build_for_timing(lab: Lab, source: Path, work: Path) -> Path:
+    """The learner's file and harness/timing.cu as a shared library. Raises CompileFailed."""
+    library = work / f"{source.stem}.so"
+    include = ["-I", str(source.parent), "-I", str(lab.folder)]
+    done = _run([*gpu_flags(), *_LIBRARY, *include, "-o", str(library), str(source), str(HARNESS / "timing.cu")], work)
+    if done.returncode:
+        raise CompileFailed(_first_error(done.stderr, source.name))
+    return library
+
+
+def timing_library(work: Path) -> Path:
+    """harness/timing.cu alone: the copy. UserError where nvcc cannot build it."""
+    library = work / "timing.so"
+    done = _run([*gpu_flags(), *_LIBRARY, "-o", str(library), str(HARNESS / "timing.cu")], work)
+    if done.returncode:
+        raise UserError(f"nvcc cannot build timing.cu: {_first_error(done.stderr, 'timing.cu')}")
+    return library
+
+
+# Calls on the per-thread default stream can be captured into a graph (harness/timing.cu).
+_LIBRARY = ["--default-stream", "per-thread", "-shared", "-Xcompiler", "-fPIC"]

@@ -98,7 +98,7 @@ def races(evaluation: Evaluation) -> str | None:
     for group in by_fill.values():
         for schedule, run in group[1:]:
             if not _same(group[0][1], run, 4 * evaluation.tolerance):
-                return f"{group[0][0].order} and {schedule.order}"
+                return "two runs" if schedule.order == "again" else f"{group[0][0].order} and {schedule.order}"
     return None
 
 

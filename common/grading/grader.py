@@ -1,7 +1,5 @@
 """Grades one file: build, run under every schedule, compare, explain, count points."""
 
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import UserError
-from common.grading import build, run
+from common.grading import build, gpu, run, sanitizer
 from common.grading.check import Evaluation, evaluate
 from common.grading.hints import hint_for
 from common.grading.lab import Case, Lab, inputs_of
@@ -27,6 +25,7 @@ class Options:
     quick: bool = False
     use_gpu: bool = True
     nvcc: bool = True  # compile with nvcc too where it is installed
+    speed: bool = True  # measure it where there is a GPU and all cases ran
 
 
 def choose_cases(lab: Lab, options: Options, *, on_gpu: bool = False) -> list[Case]:
@@ -64,7 +63,7 @@ def grade(lab: Lab, source: Path, options: Options = Options()) -> Report:
 
 
 def _grade_cuda(lab: Lab, source: Path, options: Options, work: Path) -> Report:
-    on_gpu = options.use_gpu and gpu_present()
+    on_gpu = options.use_gpu and gpu.present()
     cases = choose_cases(lab, options, on_gpu=on_gpu)
     report = Report(lab.name, source.name, Outcome.CORRECT)
     with ThreadPoolExecutor(max_workers=2) as pool:
@@ -75,6 +74,8 @@ def _grade_cuda(lab: Lab, source: Path, options: Options, work: Path) -> Report:
                 built = build.build_emulated(lab, source, work)
             check = pool.submit(build.check_nvcc, source, lab.folder, work) if _wants_nvcc(options, on_gpu) else None
             evaluations = _run_all(lab, cases, built, work, pool)
+            if on_gpu and not options.quick:
+                report.notes += _sanitize(evaluations, built.programs["gpu"], work)
             if check:
                 check.result()
                 report.notes.append("nvcc compiles it for sm_80 and sm_90")
@@ -84,21 +85,15 @@ def _grade_cuda(lab: Lab, source: Path, options: Options, work: Path) -> Report:
             return stopped(report, lab, Outcome.BLOCKED, Lesson("blocked", f"the emulation lacks {error}"))
     report.machine = "GPU" if on_gpu else "CPU emulation of CUDA (no GPU here)"
     judge(lab, evaluations, report, lambda e: _passes_alone(lab, e, built, work))
-    if on_gpu and report.outcome is Outcome.CORRECT and not options.cases:
-        from common.grading.gpu import measure_speed
-
-        measure_speed(lab, built.programs["library"], report, work)
+    if _wants_speed(options, on_gpu, report):
+        gpu.measure_speed(lab, build.build_for_timing(lab, source, work), report, work)
     elif not on_gpu:
         report.notes.append(f"speed: not measured (no GPU), so the total is out of {CORRECTNESS_POINTS}")
     return report
 
 
-def gpu_present(need_nvcc: bool = True) -> bool:
-    """A GPU and nvcc; the driver's own tool tells, so that nothing heavy is imported."""
-    if (need_nvcc and build.nvcc() is None) or shutil.which("nvidia-smi") is None:
-        return False
-    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    return done.returncode == 0 and "GPU" in done.stdout
+def _wants_speed(options: Options, on_gpu: bool, report: Report) -> bool:
+    return on_gpu and options.speed and not options.cases and report.outcome is Outcome.CORRECT
 
 
 def _wants_nvcc(options: Options, on_gpu: bool) -> bool:
@@ -111,21 +106,45 @@ def _run_all(
     inputs = [inputs_of(lab, case) for case in cases]
     run.write_jobs(lab, cases, inputs, work)
     if "gpu" in built.programs:
-        first = run.run_cases([built.programs["gpu"]], cases, run.FIRST, work, gpu=True)
-        runs = {run.FIRST: first}
+        schedules, program = run.GPU_SCHEDULES, dict.fromkeys(("checked", "interleaved"), built.programs["gpu"])
     else:
-        first = run.run_cases([built.programs["checked"]], cases, run.FIRST, work)
-        sound = {i for i, r in enumerate(first) if r.ran}  # a case that crashes in one order has told enough
-        jobs = {}
-        for s in run.SCHEDULES[1:]:
-            chosen = [i for i in sorted(sound) if not cases[i].heavy]
-            jobs[s] = pool.submit(run.run_cases, [built.programs[s.variant]], cases, s, work, chosen)
-        runs = {run.FIRST: first} | {schedule: job.result() for schedule, job in jobs.items()}
-    evaluations = []
-    for i, case in enumerate(cases):
-        own = {s: r[i] for s, r in runs.items() if s == run.FIRST or (first[i].ran and not case.heavy)}
-        evaluations.append(evaluate(lab, case, inputs[i], own))
-    return evaluations
+        schedules, program = run.SCHEDULES, built.programs
+    on_gpu = "gpu" in built.programs
+    first = run.run_cases([program["checked"]], cases, run.FIRST, work, gpu=on_gpu)
+    # A case that crashes once has told enough; a large one runs once.
+    repeated = [i for i, r in enumerate(first) if r.ran and not (cases[i].heavy or cases[i].gpu_only)]
+    jobs = {
+        s: pool.submit(run.run_cases, [program[s.variant]], cases, s, work, repeated, gpu=on_gpu) for s in schedules[1:]
+    }
+    runs = {schedule: job.result() for schedule, job in jobs.items()}
+    return [
+        evaluate(lab, case, inputs[i], {run.FIRST: first[i]} | {s: r[i] for s, r in runs.items() if i in repeated})
+        for i, case in enumerate(cases)
+    ]
+
+
+def _sanitize(evaluations: list[Evaluation], program: Path, work: Path) -> list[str]:
+    """Adds what compute-sanitizer finds in the small cases to their runs; notes for the report."""
+    if sanitizer.find() is None:
+        return ["compute-sanitizer is not installed: memory errors and races are found only by their effect"]
+    chosen = [i for i, e in enumerate(evaluations) if e.case.quick and e.runs[run.FIRST].ran]
+    if not chosen:
+        return []
+    cases, notes = [e.case for e in evaluations], []
+    folder = work / "sanitizer"
+    folder.mkdir(exist_ok=True)
+    (folder / "jobs").write_text(run.job_lines(cases, chosen, gpu=True))
+    environment = run.environment(run.FIRST, folder / "progress") | {"TLAB_ECHO": "1"}
+    for tool in sanitizer.TOOLS:
+        command = [str(program), str(folder / "jobs"), str(work / "inputs"), str(folder)]
+        text = sanitizer.run(tool, command, environment, folder)
+        if text is None or not sanitizer.usable(text):
+            reason = f"did not end within {sanitizer.LIMIT_S} s" if text is None else "does not run on this machine"
+            notes.append(f"compute-sanitizer --tool {tool} {reason}")
+            continue
+        for number, kind, what in sanitizer.parse(text):
+            evaluations[number].runs[run.FIRST].findings.append((kind, what))
+    return notes
 
 
 def _passes_alone(lab: Lab, evaluation: Evaluation, built: build.Built, work: Path) -> bool:

@@ -57,6 +57,15 @@ FINDINGS = {
     "wrong-result": ("wrong-result", "the result is not what the task asks for"),
     "not-new": ("not-new", "the result must be a new tensor, and is the input (or shares its memory)"),
     "out-of-bounds": ("out-of-bounds", "a program goes past a tensor: mask the offsets that do not exist"),
+    "race-hazard": (
+        "race",
+        "the result depends on the order in which threads run: a barrier is missing between one thread's write to"
+        " shared memory and another's access",
+    ),
+    "kernel-trap": (
+        "crash",
+        "the kernel stops itself: grid.sync() in an ordinary launch, a failed assert, or a broken address",
+    ),
     "guard-bytes": ("out-of-bounds", "a thread goes past an array: check the index against its length"),
 }
 # What ends a call, rather than spoiling its result.
@@ -93,7 +102,8 @@ def explain(
             if found := _finding(run):
                 lesson_id, text = found
                 outcome = Outcome.CRASHES if lesson_id in _CRASHES else Outcome.WRONG
-                if schedule.order != FIRST.order:
+                outcome = Outcome.RACES if lesson_id == "race" else outcome
+                if schedule.order not in (FIRST.order, "again"):
                     text += f" ({schedule.order} order of threads)"
                 return outcome, Lesson(lesson_id, text + _contrast(evaluation, passing)), evaluation
     for evaluation in failing:

@@ -49,7 +49,10 @@ class Speed:
     copy_gb_per_s: float
     share: float
     device: str
+    form: str = "graph"  # in a CUDA graph; or call after call between two `events`; or the `wall` time of the call
+    single_launch_us: float = 0.0
     peers: dict[str, float] = field(default_factory=dict)  # name -> GB/s, the same accounting
+    left_out: dict[str, str] = field(default_factory=dict)  # peer -> why it was not timed
 
 
 @dataclass

@@ -9,9 +9,11 @@ import re
 import resource
 import signal
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -19,8 +21,9 @@ from common.grading.lab import Case, Lab
 
 FILLS = {"nan": 0xFF, "large": 0x4B}  # bytes: 0xFFFFFFFF is a NaN, 0x4B4B4B4B is 13,323,083.0
 CASE_LIMIT_S, HEAVY_LIMIT_S = 6, 20
-MEMORY_LIMIT_MB = 3000
-MOST_CRASHES = 4  # then the remaining cases count as failed without being run
+GPU_LIMIT_S = 60  # a first launch compiles, and the largest cases move gigabytes through the host
+MEMORY_LIMIT_MB, GPU_MEMORY_LIMIT_MB = 3000, 12_000
+MOST_CRASHES = 4  # then the remaining cases count as failed without being run; an endless call counts twice
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ SCHEDULES = (
     Schedule(order="shuffled", seed=1),
     Schedule(order="interleaved", variant="interleaved", seed=2),
 )
+# On a GPU the order is the device's own, so the second run is a chance for another one.
+GPU_SCHEDULES = (FIRST, Schedule(order="again"), Schedule(fill="large"))
 
 
 @dataclass(frozen=True)
@@ -78,21 +83,58 @@ def write_jobs(lab: Lab, cases: Sequence[Case], inputs: Sequence[Sequence[np.nda
                 file.write(np.ascontiguousarray(array, dtype=np.float32).tobytes())
 
 
-def _limit_resources(checked: bool) -> None:
+def _limit_resources(limit_address_space: bool) -> None:
     os.setsid()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
-    if not checked:  # AddressSanitizer reserves terabytes of address space; it has a limit of its own
+    if limit_address_space:
         limit = (MEMORY_LIMIT_MB + 2000) << 20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-_KEPT = ("PATH", "HOME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "TMPDIR", "TRITON_INTERPRET", "TRITON_CACHE_DIR")
+# Programs under AddressSanitizer, and those that use a GPU, reserve terabytes of address space: for them it is the
+# memory in use that counts.
+def memory_in_use_mb(pid: int) -> float:
+    """Of a process, without what it maps from files; 0 where the system does not say (macOS)."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        return int(fields.get("RssAnon", fields.get("VmRSS", "0")).split()[0]) / 1024
+    except (OSError, ValueError):
+        return 0.0
 
 
-def _environment(schedule: Schedule, progress: Path) -> dict[str, str]:
+def wait_within(process: subprocess.Popen, seconds: float, memory_mb: float) -> str | None:
+    """Waits for the program's end. None, or what it ran into, still running: `timeout` or `out-of-memory`."""
+    end, pause = time.monotonic() + seconds, 0.002
+    while True:
+        try:
+            process.wait(timeout=pause)
+            return None
+        except subprocess.TimeoutExpired:
+            pause = min(0.05, 2 * pause)
+        if time.monotonic() > end:
+            return "timeout"
+        if memory_in_use_mb(process.pid) > memory_mb:
+            return "out-of-memory"
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """Ends the program and whatever it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+_KEPT = ("PATH", "HOME", "LD_LIBRARY_PATH", "PYTHONPATH", "TMPDIR", "CC")
+_KEPT_PREFIXES = ("CUDA_", "NVIDIA_", "TRITON_")
+
+
+def environment(schedule: Schedule, progress: Path) -> dict[str, str]:
     asan = f"detect_leaks=0:detect_stack_use_after_return=0:exitcode=99:hard_rss_limit_mb={MEMORY_LIMIT_MB}"
-    kept = {k: v for k, v in os.environ.items() if k in _KEPT}
+    kept = {k: v for k, v in os.environ.items() if k in _KEPT or k.startswith(_KEPT_PREFIXES)}
+    kept.pop("TRITON_INTERPRET", None)  # the Triton grader decides
     return kept | {
         "TLAB_PROGRESS": str(progress),
         "EMU_ORDER": schedule.order,
@@ -110,8 +152,12 @@ def run_cases(
     chosen: Sequence[int] | None = None,
     *,
     gpu: bool = False,
+    variables: Mapping[str, str] = MappingProxyType({}),
 ) -> list[CaseRun]:
-    """The cases (or those with the numbers `chosen`) under one schedule. Inputs are those of `write_jobs`."""
+    """The cases (or those with the numbers `chosen`) under one schedule. Inputs are those of `write_jobs`.
+
+    gpu: limits are a GPU program's. variables: of the program's environment, beside those of `environment`.
+    """
     name = f"{schedule.order}-{schedule.fill}"
     outputs = work / name
     outputs.mkdir(exist_ok=True)
@@ -119,23 +165,33 @@ def run_cases(
     pending = list(range(len(cases))) if chosen is None else list(chosen)
     crashes = 0
     while pending and crashes < MOST_CRASHES:
-        last = _run_once(command, cases, pending, schedule, work, outputs, runs, gpu)
+        last = _run_once(command, cases, pending, schedule, work, outputs, runs, gpu, variables)
         if last is None:
             break
-        crashes += 1
+        crash = runs[last].crash
+        crashes += 2 if crash and crash.kind == "timeout" else 1
         pending = [i for i in pending if i > last]
     return runs
 
 
-def _run_once(command, cases, pending, schedule, work, outputs, runs, gpu) -> int | None:
+def limit_s(case: Case, gpu: bool) -> int:
+    return GPU_LIMIT_S if gpu else HEAVY_LIMIT_S if case.heavy else CASE_LIMIT_S
+
+
+def job_lines(cases: Sequence[Case], chosen: Sequence[int], gpu: bool) -> str:
+    """The job file of harness.h: a line a case."""
+    lines = []
+    for i in chosen:
+        case, sizes = cases[i], list(cases[i].sizes.values())
+        numbers = " ".join(map(str, sizes))
+        lines.append(f"{i} {case.calls} {limit_s(case, gpu)} {case.epsilon!r} {len(sizes)} {numbers}\n")
+    return "".join(lines)
+
+
+def _run_once(command, cases, pending, schedule, work, outputs, runs, gpu, variables) -> int | None:
     """One start of the program. Returns the case that it died in, or None when it did all."""
     jobs, progress, log = outputs / "jobs", outputs / "progress", outputs / "log"
-    lines = []
-    for i in pending:
-        case, sizes = cases[i], list(cases[i].sizes.values())
-        limit = HEAVY_LIMIT_S if case.heavy or case.gpu_only else CASE_LIMIT_S
-        lines.append(f"{i} {case.calls} {limit} {case.epsilon!r} {len(sizes)} {' '.join(map(str, sizes))}\n")
-    jobs.write_text("".join(lines))
+    jobs.write_text(job_lines(cases, pending, gpu))
     progress.write_text("")
     with log.open("wb") as stderr:
         process = subprocess.Popen(
@@ -143,21 +199,18 @@ def _run_once(command, cases, pending, schedule, work, outputs, runs, gpu) -> in
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=stderr,
-            env=_environment(schedule, progress),
+            env={**environment(schedule, progress), **variables},
             cwd=outputs,
-            preexec_fn=lambda: _limit_resources(checked=gpu or schedule.variant == "checked"),
+            preexec_fn=lambda: _limit_resources(not gpu and schedule.variant != "checked"),
         )
-        timed_out = False
+        # The program's own alarm ends a case; this limit also holds when the learner's code turns the alarm off.
+        longest = max(limit_s(cases[i], gpu) for i in pending)
         try:
-            # The program's own alarm ends a case; this limit also holds when the learner's code turns the alarm off.
-            process.wait(timeout=2 * HEAVY_LIMIT_S + 3 * len(pending))
-        except subprocess.TimeoutExpired:
-            timed_out = True
-        try:
-            os.killpg(process.pid, signal.SIGKILL)  # whatever it started ends with it
-        except ProcessLookupError:
-            pass
-        process.wait()
+            stopped = wait_within(
+                process, 2 * longest + 3 * len(pending), GPU_MEMORY_LIMIT_MB if gpu else MEMORY_LIMIT_MB
+            )
+        finally:
+            end_group(process)
     current = _read_progress(progress, runs)
     for i in pending:
         path = outputs / f"{i}.out"
@@ -168,8 +221,7 @@ def _run_once(command, cases, pending, schedule, work, outputs, runs, gpu) -> in
         return None
     if current is None:
         current = pending[0]
-    limit = HEAVY_LIMIT_S if cases[current].heavy or cases[current].gpu_only else CASE_LIMIT_S
-    runs[current].crash = _crash(process.returncode, timed_out, log, runs[current], limit)
+    runs[current].crash = _crash(process.returncode, stopped, log, runs[current], limit_s(cases[current], gpu), gpu)
     return current
 
 
@@ -210,23 +262,32 @@ _FATAL = (
     "out-of-memory",
     "blocked",
     "launch-error",
+    # What the harness makes of an error code, on a GPU
+    "launch-shape",
+    "cooperative-too-large",
+    "out-of-bounds",
+    "misaligned",
+    "kernel-trap",
 )
 
 
-def _crash(code: int, timed_out: bool, log: Path, run: CaseRun, limit_s: int) -> Crash:
+def _crash(code: int, stopped: str | None, log: Path, run: CaseRun, limit: int, gpu: bool) -> Crash:
     text = log.read_text(errors="replace")[:200_000]
     fatal = [(kind, detail) for kind, detail in run.findings if kind in _FATAL]
+    most_mb = GPU_MEMORY_LIMIT_MB if gpu else MEMORY_LIMIT_MB
     if code in (77, 78) and fatal:
         return Crash(*fatal[-1])
-    if timed_out or code == -signal.SIGALRM:
-        return Crash("timeout", f"the call did not end within {limit_s} s")
+    if stopped == "out-of-memory":
+        return Crash("out-of-memory", f"the call needs more than {most_mb} MB")
+    if stopped or code == -signal.SIGALRM:
+        return Crash("timeout", f"the call did not end within {limit} s")
     if match := re.search(r"([^\s/]+\.cu):(\d+):\d+: runtime error: (.*misaligned address.*)", text):
         what = re.sub(r" 0x[0-9a-f]+", "", match[3])
         return Crash("misaligned", f"line {match[2]}: {what}")
     if match := re.search(r"ERROR: AddressSanitizer:? ([\w-]+)", text):
         return _asan_crash(match[1], text, run)
     if "hard rss limit exhausted" in text:
-        return Crash("out-of-memory", f"the call needs more than {MEMORY_LIMIT_MB} MB")
+        return Crash("out-of-memory", f"the call needs more than {most_mb} MB")
     if code < 0:
         return Crash(f"signal-{signal.Signals(-code).name}", f"the program was ended by {signal.Signals(-code).name}")
     return Crash("exit", f"the program ended itself with exit code {code} inside the call")

@@ -70,10 +70,16 @@ def _points_table(report: Report) -> Table:
 
 def _show_speed(report: Report, console: Console) -> None:
     speed = report.speed
-    line = f"{speed.time_us:.1f} us, {speed.gb_per_s:,.0f} GB/s: {speed.share:.0%} of a copy of the same bytes"
-    console.print(Text(f"{line} ({speed.copy_gb_per_s:,.0f} GB/s) on {speed.device}"))
+    how = {"graph": "in a CUDA graph", "events": "call after call", "wall": "wall time of the call"}[speed.form]
+    line = f"{speed.time_us:.1f} us {how}"
+    if speed.copy_gb_per_s:
+        line += f", {speed.gb_per_s:,.0f} GB/s: {speed.share:.0%} of a copy of the same bytes"
+        line += f" ({speed.copy_gb_per_s:,.0f} GB/s); a single launch {speed.single_launch_us:.1f} us"
+    console.print(Text(f"{line}; on {speed.device}"))
     for name, value in speed.peers.items():
         console.print(Text(f"  {name}: {value:,.0f} GB/s", style="dim"))
+    for name, why in speed.left_out.items():
+        console.print(Text(f"  {name}: not timed, {why}", style="dim"))
 
 
 def write_json(report: Report, path: Path) -> None:

@@ -1,12 +1,11 @@
 """Grades the Triton lab: the same cases, comparisons and lessons, with triton_worker.py in place of a built program."""
 
 import importlib.util
-import os
 import sys
 import tempfile
 from pathlib import Path
 
-from common.grading import run
+from common.grading import gpu, run
 from common.grading.check import evaluate
 from common.grading.lab import Lab, inputs_of
 from common.grading.outcome import Lesson, Outcome, Report
@@ -23,16 +22,18 @@ def grade_triton(lab: Lab, source: Path, options) -> Report:
     if missing:
         text = f"{' and '.join(missing)} cannot be imported here: pip install -r requirements.txt (Triton needs Linux)"
         return grader.stopped(report, lab, Outcome.BLOCKED, Lesson("blocked", text))
-    on_gpu = options.use_gpu and grader.gpu_present(need_nvcc=False)
+    on_gpu = options.use_gpu and gpu.present(need_nvcc=False)
     cases = grader.choose_cases(lab, options, on_gpu=on_gpu)
     inputs = [inputs_of(lab, case) for case in cases]
     command = [sys.executable, Path(__file__).with_name("triton_worker.py"), source.resolve()]
-    if not on_gpu:
-        os.environ["TRITON_INTERPRET"] = "1"
+    variables = {} if on_gpu else {"TRITON_INTERPRET": "1"}
     with tempfile.TemporaryDirectory(prefix="tlab-grade-") as folder:
         work = Path(folder)
         run.write_jobs(lab, cases, inputs, work)
-        runs = {s: run.run_cases(command, cases, s, work, gpu=True) for s in SCHEDULES[: 1 if options.quick else 2]}
+        runs = {
+            s: run.run_cases(command, cases, s, work, gpu=on_gpu, variables=variables)
+            for s in SCHEDULES[: 1 if options.quick else 2]
+        }
         evaluations = [
             evaluate(lab, case, inputs[i], {s: r[i] for s, r in runs.items()}) for i, case in enumerate(cases)
         ]
@@ -51,10 +52,8 @@ def grade_triton(lab: Lab, source: Path, options) -> Report:
                 return grader.stopped(report, lab, outcome, Lesson(lesson, text))
         report.machine = "GPU" if on_gpu else "Triton's interpreter on the CPU (no GPU here)"
         grader.judge(lab, evaluations, report)
-        if on_gpu and report.outcome is Outcome.CORRECT and not options.cases:
-            from common.grading.gpu import measure_speed
-
-            measure_speed(lab, source.resolve(), report, work)
+        if on_gpu and options.speed and not options.cases and report.outcome is Outcome.CORRECT:
+            gpu.measure_speed(lab, source.resolve(), report, work)
         elif not on_gpu:
             report.notes.append(f"speed: not measured (no GPU), so the total is out of {grader.CORRECTNESS_POINTS}")
     return report
