@@ -4,7 +4,7 @@
 // Predicted: launch and synchronisation (10 us), and 8192 reads of at least a microsecond each, a few hundred at a time.
 // 32 blocks of 256 threads use 32 of the multiprocessors, and each multiprocessor has its own small address-translation
 // cache and its own queue of misses: every row lies in another page.
-// Measured: see docs/results.
+// Measured: not yet.
 #include "copy_first_column.h"
 
 #include <cuda_runtime.h>

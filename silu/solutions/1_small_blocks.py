@@ -2,7 +2,7 @@
 
 Predicted: well below the copy's speed. With the usual four warps a program, each thread has a single 4-byte load in
 flight, and 8192 x 8192 elements are half a million programs, each of which costs its start.
-Measured: see docs/results.
+Measured: not yet.
 """
 
 import torch

@@ -4,7 +4,7 @@ What changed: 4096 elements for four warps are 32 a thread, eight independent 16
 system always has work waiting. Data that is used once is marked evict_first. Offsets are 64-bit: a tensor may have more
 than 2^31 elements.
 Predicted: the copy of the same bytes. The limit is memory.
-Measured: see docs/results.
+Measured: not yet.
 
 A non-contiguous input is copied first (`contiguous`), which doubles its cost: reading with strides in the kernel would
 save that, and is left as an exercise. One whose elements fill memory without gaps (a transposed matrix) needs neither:

@@ -5,7 +5,7 @@
 // Predicted: most of the copy's speed on long rows. The row is read twice; the second reading mostly comes from the
 // caches (a row of 8192 floats has 32 KiB), so memory traffic is about that of a copy. What is lost: each thread has
 // few loads in flight, and the barriers of the tree leave the memory idle in between.
-// Measured: see docs/results.
+// Measured: not yet.
 #include "rms_norm_matrix.h"
 
 #include <cuda_runtime.h>

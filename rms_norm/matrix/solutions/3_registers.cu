@@ -7,7 +7,7 @@
 // Predicted: the speed of a copy of the same bytes, within a few percent. The limit is memory: 8192 x 8192 floats in and
 // out are 512 MiB, and there is one multiplication or two a float. What keeps it from the copy: each block waits once
 // for its slowest load before it can write, and only the other blocks of the multiprocessor fill that gap.
-// Measured: see docs/results.
+// Measured: not yet.
 //
 // Rows whose length is no multiple of 4 (a float4 needs an address that is a multiple of 16), or too long for the
 // registers of a block, take the loop of step 2, with shuffles.
