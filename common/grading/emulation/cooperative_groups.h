@@ -15,8 +15,6 @@ class grid_group {
     unsigned long long num_threads() const { return num_blocks() * blockDim.x * blockDim.y * blockDim.z; }
     unsigned long long size() const { return num_threads(); }
     unsigned long long thread_rank() const { return block_rank() * (blockDim.x * blockDim.y * blockDim.z) + emu::self().rank; }
-    dim3 group_dim() const { return gridDim; }
-    dim3 dim_blocks() const { return gridDim; }
 };
 
 class thread_block {
@@ -25,10 +23,6 @@ class thread_block {
     unsigned num_threads() const { return blockDim.x * blockDim.y * blockDim.z; }
     unsigned size() const { return num_threads(); }
     unsigned thread_rank() const { return emu::self().rank; }
-    uint3 group_index() const { return blockIdx; }
-    uint3 thread_index() const { return threadIdx; }
-    dim3 group_dim() const { return blockDim; }
-    dim3 dim_threads() const { return blockDim; }
 };
 
 template <unsigned Size, class Parent = thread_block> class thread_block_tile {
@@ -41,20 +35,15 @@ template <unsigned Size, class Parent = thread_block> class thread_block_tile {
     static constexpr unsigned num_threads() { return Size; }
     static constexpr unsigned size() { return Size; }
     unsigned thread_rank() const { return emu::self().rank % Size; }
-    unsigned meta_group_rank() const { return emu::self().rank / Size; }
-    unsigned meta_group_size() const { return (blockDim.x * blockDim.y * blockDim.z + Size - 1) / Size; }
-    template <class T> T shfl(T v, int lane, int line = __builtin_LINE()) const {
-        return emu::shuffle(mask(), v, emu::lane_indexed(lane, Size), line);
+#define EMU_TILE_SHFL(name, rule)                                                        \
+    template <class T> T name(T v, int argument, int line = __builtin_LINE()) const {    \
+        return emu::shuffle(mask(), v, emu::rule(argument, Size), line);                 \
     }
-    template <class T> T shfl_up(T v, unsigned delta, int line = __builtin_LINE()) const {
-        return emu::shuffle(mask(), v, emu::lane_up(delta, Size), line);
-    }
-    template <class T> T shfl_down(T v, unsigned delta, int line = __builtin_LINE()) const {
-        return emu::shuffle(mask(), v, emu::lane_down(delta, Size), line);
-    }
-    template <class T> T shfl_xor(T v, int bits, int line = __builtin_LINE()) const {
-        return emu::shuffle(mask(), v, emu::lane_xor(bits, Size), line);
-    }
+    EMU_TILE_SHFL(shfl, lane_indexed)
+    EMU_TILE_SHFL(shfl_up, lane_up)
+    EMU_TILE_SHFL(shfl_down, lane_down)
+    EMU_TILE_SHFL(shfl_xor, lane_xor)
+#undef EMU_TILE_SHFL
     unsigned ballot(int p, int line = __builtin_LINE()) const { return emu::vote(mask(), p, line) >> first(); }
     int any(int p, int line = __builtin_LINE()) const { return emu::vote(mask(), p, line) != 0; }
     int all(int p, int line = __builtin_LINE()) const { return emu::vote(mask(), !p, line) == 0; }

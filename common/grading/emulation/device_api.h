@@ -70,26 +70,18 @@ template <class T> struct DynamicShared {  // `extern __shared__ T name[];` at f
     operator T *() const { return dynamic_shared<T>(); }
 };
 
-template <class F> struct BoundKernel : Kernel {
-    F f;
-    explicit BoundKernel(F g) : f(g) {}
-    void operator()() override { f(); }
-};
 struct Launch {  // kernel<<<grid, block, shared, stream>>>(arguments)
     dim3 grid, block;
     size_t shared;
     Launch(dim3 g, dim3 b, size_t s = 0, cudaStream_t = nullptr) : grid(g), block(b), shared(s) {}
     template <class K, class... A> void call(K kernel, A... arguments) {
-        auto bound = [=] { kernel(arguments...); };
-        BoundKernel<decltype(bound)> k(bound);
-        emu_last(cudaError_t(launch(k, grid, block, shared, false)));
+        emu_last(cudaError_t(launch([=] { kernel(arguments...); }, grid, block, shared, false)));
     }
 };
 template <class... P, size_t... I>
 cudaError_t launch_with(void (*kernel)(P...), dim3 g, dim3 b, void **a, size_t shared, bool cooperative, std::index_sequence<I...>) {
     auto bound = [=] { kernel(*static_cast<std::remove_reference_t<P> *>(a[I])...); };
-    BoundKernel<decltype(bound)> k(bound);
-    return emu_last(cudaError_t(launch(k, g, b, shared, cooperative)));
+    return emu_last(cudaError_t(launch(bound, g, b, shared, cooperative)));
 }
 
 // Atomics: fibers share one CPU thread, so a function without a switch in it is one step.
@@ -98,9 +90,6 @@ template <class T, class F> EMU_ONE_STEP T fetch(T *address, F change) {
     *address = change(old);
     return old;
 }
-template <class T> struct same { typedef T type; };  // keeps the second argument out of deduction, as CUDA's overloads do
-template <class T> using same_t = typename same<T>::type;
-
 }  // namespace emu
 
 template <class... P>
@@ -127,8 +116,9 @@ inline unsigned emu_mask(unsigned mask = 0xffffffffu) { return mask; }
 #define __syncwarp(...) emu::warp_sync(emu_mask(__VA_ARGS__), __LINE__)
 EMU_ONE_STEP inline unsigned __activemask() { emu::fatal("blocked", "__activemask()"); }
 
+// common_type_t keeps an argument out of deduction, as CUDA's overloads do.
 #define EMU_ATOMIC(name, expression)                                                                                        \
-    template <class T> T name(T *address, emu::same_t<T> value) {                                                           \
+    template <class T> T name(T *address, std::common_type_t<T> value) {                                                           \
         return emu::fetch(address, [value](T old) __attribute__((no_sanitize("thread"))) -> T { return expression; });      \
     }
 EMU_ATOMIC(atomicAdd, old + value)
@@ -139,54 +129,29 @@ EMU_ATOMIC(atomicMax, old < value ? value : old)
 EMU_ATOMIC(atomicAnd, old & value)
 EMU_ATOMIC(atomicOr, old | value)
 EMU_ATOMIC(atomicXor, old ^ value)
-EMU_ATOMIC(atomicInc, old >= value ? 0 : old + 1)
-EMU_ATOMIC(atomicDec, old == 0 || old > value ? value : old - 1)
 #undef EMU_ATOMIC
-template <class T> EMU_ONE_STEP T atomicCAS(T *address, emu::same_t<T> compare, emu::same_t<T> value) {
+template <class T> EMU_ONE_STEP T atomicCAS(T *address, std::common_type_t<T> compare, std::common_type_t<T> value) {
     T old = *address;
     if (old == compare) *address = value;
     return old;
 }
 
 // Loads and stores with a cache hint are plain loads and stores.
-template <class T> T __ldg(const T *p) { return *p; }
-template <class T> T __ldcs(const T *p) { return *p; }
-template <class T> T __ldca(const T *p) { return *p; }
-template <class T> T __ldcg(const T *p) { return *p; }
-template <class T> T __ldlu(const T *p) { return *p; }
-template <class T> T __ldcv(const T *p) { return *p; }
-template <class T> void __stcs(T *p, T v) { *p = v; }
-template <class T> void __stcg(T *p, T v) { *p = v; }
-template <class T> void __stwb(T *p, T v) { *p = v; }
-template <class T> void __stwt(T *p, T v) { *p = v; }
+#define EMU_LOAD(name) template <class T> T name(const T *p) { return *p; }
+#define EMU_STORE(name) template <class T> void name(T *p, T v) { *p = v; }
+EMU_LOAD(__ldg) EMU_LOAD(__ldcs) EMU_LOAD(__ldca) EMU_LOAD(__ldcg) EMU_LOAD(__ldlu) EMU_LOAD(__ldcv)
+EMU_STORE(__stcs) EMU_STORE(__stcg) EMU_STORE(__stwb) EMU_STORE(__stwt)
 
 // CUDA's mathematics: <math.h>, and what only a device has. The fast forms are computed in full precision.
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline double rsqrt(double x) { return 1.0 / sqrt(x); }
 inline float __expf(float x) { return expf(x); }
-inline float __logf(float x) { return logf(x); }
-inline float __powf(float x, float y) { return powf(x, y); }
-inline float __exp10f(float x) { return powf(10.0f, x); }
-inline float exp10f(float x) { return powf(10.0f, x); }
-inline float __sinf(float x) { return sinf(x); }
-inline float __cosf(float x) { return cosf(x); }
-inline float __tanf(float x) { return tanf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
-inline float fdividef(float x, float y) { return x / y; }
 inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
-inline float __frsqrt_rn(float x) { return 1.0f / sqrtf(x); }
-inline float __fadd_rn(float x, float y) { return x + y; }
-inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
-inline float __saturatef(float x) { return x < 0 ? 0.0f : x > 1 ? 1.0f : x; }
 inline float __int_as_float(int x) { float f; memcpy(&f, &x, 4); return f; }
 inline int __float_as_int(float x) { int i; memcpy(&i, &x, 4); return i; }
-inline float __uint_as_float(unsigned x) { float f; memcpy(&f, &x, 4); return f; }
-inline unsigned __float_as_uint(float x) { unsigned i; memcpy(&i, &x, 4); return i; }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
-inline int __ffs(int x) { return __builtin_ffs(x); }
 template <class A, class B> constexpr std::common_type_t<A, B> min(A a, B b) { return b < a ? b : a; }
 template <class A, class B> constexpr std::common_type_t<A, B> max(A a, B b) { return a < b ? b : a; }

@@ -1,24 +1,11 @@
 // Memory, errors and events of the emulated device; see memory.h and runtime_api.h.
 #include "runtime_api.h"
 #include "memory.h"
+#include "sanitizers.h"
 #include "scheduler.h"
 
 #include <map>
 #include <time.h>
-
-#if defined(__SANITIZE_ADDRESS__)
-#define EMU_ASAN 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define EMU_ASAN 1
-#endif
-#endif
-#ifdef EMU_ASAN
-#include <sanitizer/asan_interface.h>
-#else
-static void __asan_poison_memory_region(const volatile void *, size_t) {}
-static void __asan_unpoison_memory_region(const volatile void *, size_t) {}
-#endif
 
 struct emuEvent { double milliseconds; };
 
@@ -172,57 +159,41 @@ cudaError_t cudaMemcpy2D(void *to, size_t to_pitch, const void *from, size_t fro
 }
 
 const char *cudaGetErrorName(cudaError_t error) {
-    switch (error) {
-    case cudaSuccess: return "cudaSuccess";
-    case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
-    case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
-    case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
-    case cudaErrorInvalidPitchValue: return "cudaErrorInvalidPitchValue";
-    case cudaErrorCooperativeLaunchTooLarge: return "cudaErrorCooperativeLaunchTooLarge";
-    default: return "another CUDA error";
-    }
+    static const std::map<cudaError_t, const char *> names = {
+        {cudaSuccess, "cudaSuccess"},
+        {cudaErrorInvalidValue, "cudaErrorInvalidValue"},
+        {cudaErrorMemoryAllocation, "cudaErrorMemoryAllocation"},
+        {cudaErrorInvalidConfiguration, "cudaErrorInvalidConfiguration"},
+        {cudaErrorInvalidPitchValue, "cudaErrorInvalidPitchValue"},
+        {cudaErrorCooperativeLaunchTooLarge, "cudaErrorCooperativeLaunchTooLarge"}};
+    auto it = names.find(error);
+    return it == names.end() ? "another CUDA error" : it->second;
 }
 const char *cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(error); }
 
-cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
-    if (device) return emu_last(cudaErrorInvalidDevice);
-    memset(p, 0, sizeof *p);
-    strcpy(p->name, "emulated device");
-    p->totalGlobalMem = size_t{1} << 31;
-    p->sharedMemPerBlock = kSharedPerBlock;
-    p->sharedMemPerBlockOptin = kSharedPerBlockOptIn;
-    p->sharedMemPerMultiprocessor = kSharedPerMultiprocessor;
-    p->warpSize = 32;
-    p->maxThreadsPerBlock = p->maxThreadsDim[0] = p->maxThreadsDim[1] = 1024;
-    p->maxThreadsDim[2] = 64;
-    p->maxGridSize[0] = 0x7fffffff;
-    p->maxGridSize[1] = p->maxGridSize[2] = 65535;
-    p->major = 9;
-    p->multiProcessorCount = kMultiprocessors;
-    p->canMapHostMemory = p->unifiedAddressing = p->concurrentKernels = p->cooperativeLaunch = 1;
-    p->maxThreadsPerMultiProcessor = kThreadsPerMultiprocessor;
-    p->maxBlocksPerMultiProcessor = kBlocksPerMultiprocessor;
-    p->l2CacheSize = 1 << 20;
-    p->regsPerBlock = p->regsPerMultiprocessor = 65536;
+cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device) {
+    static const std::map<cudaDeviceAttr, size_t> values = {
+        {cudaDevAttrMaxThreadsPerBlock, 1024},
+        {cudaDevAttrMaxSharedMemoryPerBlock, kSharedPerBlock},
+        {cudaDevAttrWarpSize, 32},
+        {cudaDevAttrMultiProcessorCount, kMultiprocessors},
+        {cudaDevAttrCanMapHostMemory, 1},
+        {cudaDevAttrL2CacheSize, 1 << 20},
+        {cudaDevAttrMaxThreadsPerMultiProcessor, kThreadsPerMultiprocessor},
+        {cudaDevAttrUnifiedAddressing, 1},
+        {cudaDevAttrComputeCapabilityMajor, 9},
+        {cudaDevAttrComputeCapabilityMinor, 0},
+        {cudaDevAttrMaxSharedMemoryPerMultiprocessor, kSharedPerMultiprocessor},
+        {cudaDevAttrCooperativeLaunch, 1},
+        {cudaDevAttrMaxSharedMemoryPerBlockOptin, kSharedPerBlockOptIn}};
+    auto it = values.find(attribute);
+    if (device || it == values.end()) return emu_last(device ? cudaErrorInvalidDevice : cudaErrorInvalidValue);
+    *value = static_cast<int>(it->second);
     return cudaSuccess;
 }
-cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device) {
-    cudaDeviceProp p;
-    if (cudaError_t error = cudaGetDeviceProperties(&p, device)) return error;
-    switch (attribute) {
-    case cudaDevAttrMaxThreadsPerBlock: *value = p.maxThreadsPerBlock; break;
-    case cudaDevAttrMaxSharedMemoryPerBlock: *value = static_cast<int>(p.sharedMemPerBlock); break;
-    case cudaDevAttrWarpSize: *value = 32; break;
-    case cudaDevAttrMultiProcessorCount: *value = p.multiProcessorCount; break;
-    case cudaDevAttrL2CacheSize: *value = p.l2CacheSize; break;
-    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = p.maxThreadsPerMultiProcessor; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = p.major; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = p.minor; break;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = static_cast<int>(p.sharedMemPerMultiprocessor); break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(p.sharedMemPerBlockOptin); break;
-    case cudaDevAttrCanMapHostMemory: case cudaDevAttrUnifiedAddressing: case cudaDevAttrCooperativeLaunch: *value = 1; break;
-    default: return emu_last(cudaErrorInvalidValue);
-    }
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device) {
+    if (device) return emu_last(cudaErrorInvalidDevice);
+    *properties = cudaDeviceProp{};
     return cudaSuccess;
 }
 

@@ -1,11 +1,12 @@
 // The host side of the CUDA runtime that the labs use. Streams run at once, in order; events read the CPU's clock.
 #pragma once
+#include "memory.h"
 #include "types.h"
 
 enum cudaError_t {
     cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9,
     cudaErrorInvalidPitchValue = 12, cudaErrorInvalidMemcpyDirection = 21, cudaErrorInvalidDevice = 101,
-    cudaErrorNotReady = 600, cudaErrorHostMemoryAlreadyRegistered = 712, cudaErrorHostMemoryNotRegistered = 713,
+    cudaErrorHostMemoryAlreadyRegistered = 712, cudaErrorHostMemoryNotRegistered = 713,
     cudaErrorCooperativeLaunchTooLarge = 720
 };
 typedef cudaError_t cudaError;
@@ -21,16 +22,19 @@ enum cudaDeviceAttr {
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
 enum { cudaHostAllocDefault = 0, cudaHostAllocPortable = 1, cudaHostAllocMapped = 2, cudaHostAllocWriteCombined = 4,
-       cudaHostRegisterDefault = 0, cudaHostRegisterPortable = 1, cudaHostRegisterMapped = 2, cudaHostRegisterReadOnly = 8,
-       cudaDeviceScheduleSpin = 1, cudaDeviceScheduleYield = 2, cudaDeviceScheduleBlockingSync = 4, cudaDeviceMapHost = 8,
+       cudaHostRegisterDefault = 0, cudaHostRegisterPortable = 1, cudaHostRegisterMapped = 2, cudaDeviceMapHost = 8,
        cudaStreamDefault = 0, cudaStreamNonBlocking = 1, cudaEventDefault = 0, cudaEventBlockingSync = 1,
        cudaEventDisableTiming = 2 };
-struct cudaDeviceProp {
-    char name[256];
-    size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerMultiprocessor, sharedMemPerBlockOptin;
-    int warpSize, maxThreadsPerBlock, maxThreadsDim[3], maxGridSize[3], major, minor, multiProcessorCount,
-        canMapHostMemory, unifiedAddressing, concurrentKernels, cooperativeLaunch, maxThreadsPerMultiProcessor,
-        maxBlocksPerMultiProcessor, l2CacheSize, memoryBusWidth, regsPerBlock, regsPerMultiprocessor;
+struct cudaDeviceProp {  // of the emulated device; its sizes are in memory.h
+    char name[256] = "emulated device";
+    size_t totalGlobalMem = size_t{1} << 31, sharedMemPerBlock = emu::kSharedPerBlock,
+           sharedMemPerMultiprocessor = emu::kSharedPerMultiprocessor, sharedMemPerBlockOptin = emu::kSharedPerBlockOptIn;
+    int warpSize = 32, maxThreadsPerBlock = 1024, maxThreadsDim[3] = {1024, 1024, 64};
+    int maxGridSize[3] = {0x7fffffff, 65535, 65535}, major = 9, minor = 0, multiProcessorCount = emu::kMultiprocessors;
+    int canMapHostMemory = 1, unifiedAddressing = 1, concurrentKernels = 1, cooperativeLaunch = 1;
+    int maxThreadsPerMultiProcessor = emu::kThreadsPerMultiprocessor;
+    int maxBlocksPerMultiProcessor = emu::kBlocksPerMultiprocessor, l2CacheSize = 1 << 20;
+    int regsPerBlock = 65536, regsPerMultiprocessor = 65536;
 };
 typedef struct emuStream *cudaStream_t;
 typedef struct emuEvent *cudaEvent_t;
@@ -95,14 +99,12 @@ inline cudaError_t cudaStreamCreate(cudaStream_t *stream) { return *stream = nul
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) { return *stream = nullptr, cudaSuccess; }
 inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaPeekAtLastError(); }
-inline cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned = 0) { return cudaSuccess; }
 cudaError_t cudaEventCreate(cudaEvent_t *event);
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) { return cudaEventCreate(event); }
 cudaError_t cudaEventDestroy(cudaEvent_t event);
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t = 0);
 inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-inline cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
 cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEvent_t end);
 
 cudaError_t emu_occupancy(int *blocks, int threads_per_block, size_t shared_bytes);
@@ -110,12 +112,6 @@ cudaError_t emu_set_shared_limit(cudaFuncAttribute attribute, int value);
 template <class... P>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, void (*)(P...), int threads, size_t shared_bytes) {
     return emu_occupancy(blocks, threads, shared_bytes);
-}
-template <class... P>
-cudaError_t cudaOccupancyMaxPotentialBlockSize(int *grid, int *block, void (*)(P...), size_t shared = 0, int limit = 0) {
-    *block = limit > 0 && limit < 1024 ? limit : 1024;
-    cudaError_t error = emu_occupancy(grid, *block, shared);
-    return *grid *= 4, error;
 }
 template <class... P> cudaError_t cudaFuncSetAttribute(void (*)(P...), cudaFuncAttribute attribute, int value) {
     return emu_set_shared_limit(attribute, value);

@@ -7,6 +7,8 @@
 // orders, and `interleaved`, where a fiber may also lose the CPU at any memory access (hooks.cpp).
 #pragma once
 #include "types.h"
+#include <functional>
+#include <unistd.h>
 
 namespace emu {
 
@@ -37,7 +39,6 @@ extern dim3 grid_dim, block_dim;
 
 // The thread that runs now; a kernel's built-in variables on the host end the run with that finding.
 Thread &self();
-bool on_device();
 
 void block_barrier(int line, int predicate = 0);
 void grid_barrier(int line);
@@ -48,15 +49,19 @@ void preempt();  // called at memory accesses in the `interleaved` order
 void *shared_memory(const void *site, size_t bytes, size_t alignment);
 void *dynamic_shared_memory();
 
-struct Kernel {  // a kernel with its arguments bound
-    virtual void operator()() = 0;
-    virtual ~Kernel() = default;
-};
-// 0 or a cudaError_t
-int launch(Kernel &kernel, dim3 grid, dim3 block, size_t shared_bytes, bool cooperative);
+// Runs a kernel whose arguments are bound. 0 or a cudaError_t.
+int launch(const std::function<void()> &kernel, dim3 grid, dim3 block, size_t shared_bytes, bool cooperative);
 
-// Writes one line to the grader's progress file. `fatal` ends the process after it.
-void finding(const char *kind, const char *format, ...) __attribute__((format(printf, 2, 3)));
-[[noreturn]] void fatal(const char *kind, const char *format, ...) __attribute__((format(printf, 2, 3)));
+// One line in the grader's progress file. `fatal` ends the process after it.
+void write_finding(const char *kind, const char *text);
+template <class... A> void finding(const char *kind, const char *format, A... arguments) {
+    char text[512];
+    snprintf(text, sizeof text, format, arguments...);
+    write_finding(kind, text);
+}
+template <class... A> [[noreturn]] void fatal(const char *kind, const char *format, A... arguments) {
+    finding(kind, format, arguments...);
+    _exit(77);
+}
 
 }  // namespace emu
