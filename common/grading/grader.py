@@ -88,8 +88,15 @@ def _grade_cuda(lab: Lab, source: Path, options: Options, work: Path) -> Report:
     if _wants_speed(options, on_gpu, report):
         gpu.measure_speed(lab, build.build_for_timing(lab, source, work), report, work)
     elif not on_gpu:
-        report.notes.append(f"speed: not measured (no GPU), so the total is out of {CORRECTNESS_POINTS}")
+        report.notes.append(without_speed(report))
     return report
+
+
+def without_speed(report: Report) -> str:
+    """What a total without speed is out of."""
+    if report.possible < CORRECTNESS_POINTS:
+        return f"speed: not measured (no GPU). Some cases were left out: a full run is out of {CORRECTNESS_POINTS}"
+    return f"speed: not measured (no GPU), so the total is out of {CORRECTNESS_POINTS}"
 
 
 def _wants_speed(options: Options, on_gpu: bool, report: Report) -> bool:

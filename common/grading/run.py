@@ -315,4 +315,5 @@ def _asan_crash(kind: str, text: str, run: CaseRun) -> Crash:
     if "Launch" not in text and "launch" not in text and "fiber_main" not in text:
         verb = "(host code) " + verb
     side = "before the start" if region["side"] in ("to the left of", "before") else "past the end"
-    return Crash("asan-out-of-bounds", f"{where}{verb} {side} of {what} ({size} bytes long, {region['by']} bytes off)")
+    distance = "directly next to it" if region["by"] == "0" else f"{region['by']} bytes away"
+    return Crash("asan-out-of-bounds", f"{where}{verb} {side} of {what} ({size} bytes long; {distance})")

@@ -55,5 +55,5 @@ def grade_triton(lab: Lab, source: Path, options) -> Report:
         if on_gpu and options.speed and not options.cases and report.outcome is Outcome.CORRECT:
             gpu.measure_speed(lab, source.resolve(), report, work)
         elif not on_gpu:
-            report.notes.append(f"speed: not measured (no GPU), so the total is out of {grader.CORRECTNESS_POINTS}")
+            report.notes.append(grader.without_speed(report))
     return report

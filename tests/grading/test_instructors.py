@@ -20,6 +20,7 @@ def test_a_class_is_graded_to_its_end(tmp_path):
         "ada": lab.solutions()[0].read_text(),
         "ben": "int main( {",
         "dan": "void silu(float *, float *, int) { while (1); }",
+        "eve": "void silu(float *, float *, int) { *(volatile int *)0 = 1; }",
     }
     for student, text in files.items():
         (tmp_path / "class" / student).mkdir(parents=True)
@@ -33,7 +34,9 @@ def test_a_class_is_graded_to_its_end(tmp_path):
         "ben": "does not compile",
         "cyd": "missing",
         "dan": "crashes",
+        "eve": "crashes",
     }
+    assert "never ends" in rows["dan"]["lesson"] and {float(rows[s]["earned"]) for s in ("cyd", "eve")} == {0.0}
     assert batch.main([str(tmp_path / "nobody"), "--out", str(out)]) == 2
 
 

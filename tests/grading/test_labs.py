@@ -136,6 +136,52 @@ def test_commands_of_a_grade_script(tmp_path):
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "nothing" in bad.stderr
 
 
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (["--solution", "9"], "9"),
+        (["--submission", "nowhere"], "nowhere"),
+        (["--json", "no/such/folder/x.json", "--submission", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_two(options, named):
+    command = [sys.executable, str(conf.ROOT / "host_GPU/grade.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and named in done.stderr
+
+
+@needs_triton
+def test_memory_is_limited_where_no_address_space_limit_is(tmp_path, monkeypatch):
+    """Triton's interpreter and AddressSanitizer reserve more than they use, so it is use that counts."""
+    source = tmp_path / "silu_triton_kernel.py"
+    source.write_text(
+        "import time\nimport torch\n\ndef silu_triton(input):\n    kept = torch.ones(400_000_000)\n    time.sleep(5)\n"
+        "    return input * torch.sigmoid(input) + 0 * kept[0]\n"
+    )
+    monkeypatch.setattr("common.grading.run.MEMORY_LIMIT_MB", 1200)
+    report = grade(get("silu"), source, Options(cases=("n=33",), quick=True, **OFFLINE))
+    assert report.outcome is Outcome.CRASHES and report.lesson.id == "out-of-memory", report.lesson
+    assert "1200 MB" in report.cases[0].detail
+
+
+@needs_compiler
+def test_a_part_of_the_cases_does_not_claim_a_full_total(tmp_path):
+    step = get("silu/CUDA").solutions()[0]
+    quick = grade(get("silu/CUDA"), step, Options(quick=True, **OFFLINE))
+    assert quick.possible == 70 and "left out" in quick.notes[-1]
+
+
+def test_hidden_cases_are_hidden_in_gradescope_only():
+    from common.grading.outcome import CaseResult, Report
+    from common.grading.scorecard import gradescope
+
+    cases = [CaseResult("n=1", "shapes", True), CaseResult("n=2", "shapes", False, hidden=True, detail="wrong")]
+    report = Report("silu/CUDA", "silu.cu", Outcome.WRONG, cases=cases, points={"shapes": (20.0, 40.0)})
+    tests = gradescope(report)["tests"]
+    assert [t["visibility"] for t in tests] == ["visible", "hidden"] and [t["score"] for t in tests] == [20.0, 0.0]
+    assert report.as_dict()["cases"][1]["detail"] == "wrong"
+
+
 @needs_compiler
 @pytest.mark.parametrize(
     "body, construct",

@@ -38,6 +38,7 @@ CASES = (
     _case("values", 3, 100, values="large"),
     _case("values", 3, 100, values="mixed magnitudes"),
     _case("values", 3, 101, values="an infinity"),
+    _case("values", 3, 101, values="a minus infinity"),
     _case("values", 3, 101, values="a NaN"),
     _case("epsilon", 3, 100, epsilon=0.5, quick=True),
     _case("epsilon", 3, 100, epsilon=1e-5, values="tiny"),

@@ -26,6 +26,7 @@ CASES = (
     _case("values", 1000, values="large"),
     _case("values", 1000, values="mixed magnitudes"),
     _case("values", 1001, values="an infinity"),
+    _case("values", 1001, values="a minus infinity"),
     _case("values", 1001, values="a NaN"),
     _case("epsilon", 1000, epsilon=0.5, quick=True),
     _case("epsilon", 1000, epsilon=1e-5, values="tiny"),
