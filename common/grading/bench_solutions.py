@@ -5,7 +5,7 @@ solutions of a lab in one process, in turn with the copy and the peers; measures
 after a failure and exits 1 at the end.
 
 Writes solutions.csv (with its provenance, solutions.json), solutions.png, transfer.csv, transfer.json and transfer.png.
-Needs a GPU and nvcc; takes about four minutes.
+Needs a GPU and nvcc.
 
     python -m common.grading.bench_solutions --out results
     python -m common.grading.bench_solutions --lab rms_norm/vector --lab host_GPU --out results
