@@ -84,7 +84,8 @@ struct Block {
 
 dim3 grid_dim, block_dim;
 static Thread *current = nullptr;
-static const std::function<void()> *kernel = nullptr;
+static void (*run_kernel)(const void *) = nullptr;
+static const void *kernel = nullptr;
 static bool cooperative_launch = false;
 static size_t dynamic_bytes = 0;
 static Context scheduler_context;
@@ -131,7 +132,7 @@ static void yield() {
 static void fiber_main() {
     __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
     for (;;) {
-        (*kernel)();
+        run_kernel(kernel);
         current->state = State::done;
         yield();
     }
@@ -345,7 +346,7 @@ void *dynamic_shared_memory() {
     return block.dynamic;
 }
 
-int launch(const std::function<void()> &bound, dim3 grid, dim3 block, size_t shared_bytes, bool cooperative) {
+int launch(void (*run)(const void *), const void *bound, dim3 grid, dim3 block, size_t shared_bytes, bool cooperative) {
     constexpr int kInvalidConfiguration = 9, kInvalidValue = 1, kCooperativeTooLarge = 720;
     if (current) fatal("blocked", "a kernel that launches a kernel (dynamic parallelism)");
     count_launch();
@@ -368,7 +369,8 @@ int launch(const std::function<void()> &bound, dim3 grid, dim3 block, size_t sha
         return kCooperativeTooLarge;
     }
     DeviceMemoryOpen open;  // kernels may touch device memory, host code may not
-    kernel = &bound;
+    run_kernel = run;
+    kernel = bound;
     grid_dim = grid;
     block_dim = block;
     cooperative_launch = cooperative;

@@ -7,7 +7,6 @@
 // orders, and `interleaved`, where a fiber may also lose the CPU at any memory access (hooks.cpp).
 #pragma once
 #include "types.h"
-#include <functional>
 #include <unistd.h>
 
 namespace emu {
@@ -49,8 +48,13 @@ void preempt();  // called at memory accesses in the `interleaved` order
 void *shared_memory(const void *site, size_t bytes, size_t alignment);
 void *dynamic_shared_memory();
 
-// Runs a kernel whose arguments are bound. 0 or a cudaError_t.
-int launch(const std::function<void()> &kernel, dim3 grid, dim3 block, size_t shared_bytes, bool cooperative);
+// Runs `run(kernel)` in every thread: a kernel with its arguments bound. 0 or a cudaError_t. (<functional> would take
+// longer to compile than most kernels.)
+int launch(void (*run)(const void *), const void *kernel, dim3 grid, dim3 block, size_t shared_bytes, bool cooperative);
+template <class F> int launch(const F &kernel, dim3 grid, dim3 block, size_t shared_bytes, bool cooperative) {
+    auto run = [](const void *bound) { (*static_cast<const F *>(bound))(); };
+    return launch(run, &kernel, grid, block, shared_bytes, cooperative);
+}
 
 // One line in the grader's progress file. `fatal` ends the process after it.
 void write_finding(const char *kind, const char *text);
