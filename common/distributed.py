@@ -35,6 +35,7 @@ from common.errors import CheckFailed, UserError
 from common.machine import cpu_cores
 
 COLLECTIVE_S = 300.0  # the process group's time-out; loading a checkpoint lies between two collectives
+FAIL_S = 15.0  # for a rank that failed to say so and be gone
 DESTROY_S = 10.0  # for the process group to end; symmetric memory in a captured graph can hold it up for ever
 T = TypeVar("T")
 
@@ -252,6 +253,7 @@ def _fail(world: World, error: BaseException) -> None:
     code = error.code if isinstance(error, SystemExit) else None
     if code in (0, None) and isinstance(error, SystemExit):
         return _close(world)
+    _end_process_within(FAIL_S)
     if isinstance(error, KeyboardInterrupt):
         heartbeat.leave()
         return None
@@ -274,6 +276,15 @@ def _fail(world: World, error: BaseException) -> None:
     if own_fault:
         return None
     raise PeerFailed(f"ended because rank {first[0]} failed first: {first[1]}") from None
+
+
+def _end_process_within(seconds: float) -> None:
+    """The kernel ends this process then, wherever it is: also inside the store, or where the interpreter takes itself
+    down. There a process group whose collective failed can hold it up for ever (gloo's threads still own tensors), the
+    heartbeat is silent by then, and a launcher waits for as long as none of its ranks ends."""
+    if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def _lost_a_peer(error: BaseException) -> bool:

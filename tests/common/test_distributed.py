@@ -125,6 +125,19 @@ def test_a_raising_rank_ends_all_with_its_error_first(tmp_path):
 
 
 @pytest.mark.slow
+def test_ranks_whose_interpreter_does_not_end_are_ended(tmp_path, free_port):
+    """After a failed collective, gloo's threads may hold on to what the interpreter takes down on its way out. Without
+    a launcher, as on a node whose ranks have all lost a rank of another: nobody else ends them."""
+    runs = [Run([PROGRAM, "run", "stuck"], tmp_path, by_hand(rank, 3, free_port), f"rank{rank}") for rank in range(3)]
+    pids = {rank: run.pids(1)[rank] for rank, run in enumerate(runs)}
+    os.kill(pids[2], signal.SIGKILL)
+    for run in runs[:2]:
+        code, lines = run.wait()
+        assert code != 0
+        assert "rank 2" in lines[0], lines
+
+
+@pytest.mark.slow
 def test_a_rank_that_does_not_join_a_collective_is_found_out(tmp_path):
     """Its heart beats, so only the limit that the others set on their own work can end them."""
     run = Run([PROGRAM, "hang:1"], tmp_path)

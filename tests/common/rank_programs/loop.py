@@ -1,11 +1,13 @@
 """Run by test_distributed.py as several ranks: sums for ever, or as its arguments say.
 
 loop.py [--world N] MODE...: "run" sums until it is ended, "sums:N" N times, "raise:R" ends rank R by a UserError after
-some sums, "facts:R" gives rank R another fact, "hang:R" leaves rank R out of the sums, its heart still beating.
+some sums, "facts:R" gives rank R another fact, "hang:R" leaves rank R out of the sums, its heart still beating;
+"stuck" makes the interpreter's own end take for ever on all ranks.
 Prints "pid RANK PID" to stderr when all have met, and "done" at rank 0.
 """
 
 import argparse
+import atexit
 import os
 import sys
 import time
@@ -28,6 +30,8 @@ def main(args):
     with distributed.open_world(args, world_size=args.world) as world:
         sys.stderr.write(f"pid {world.rank} {os.getpid()}\n")  # one write: other ranks write to the same file
         world.require_same("fact", {"number": int(modes.get("facts", "-1") == str(world.rank))})
+        if "stuck" in modes:
+            atexit.register(time.sleep, 600)
         count = int(modes.get("sums", 10**9))
         for i in range(count):
             if i == 5 and modes.get("raise") == str(world.rank):
