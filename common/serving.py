@@ -115,23 +115,32 @@ class Request:
     def is_prefilling(self) -> bool:
         return self.num_computed < self.num_prefill
 
+    @property
+    def decodes_next(self) -> bool:
+        """`wants_more`, and all its known tokens are computed."""
+        return (
+            self.num_computed >= self.num_prefill and self.num_sampled < self.output_len and self.finish_reason is None
+        )
+
     def launched(self, length: int) -> None:
         """Note that a step computing the next `length` tokens was launched."""
         self.num_computed += length
         if self.num_computed >= self.num_prefill:
             self.num_sampled += 1
 
-    def read(self, token: int, time: float) -> None:
-        """Take a token that a step has given, at `time`. One that was computed past the end is dropped."""
+    def read(self, token: int, time: float) -> bool:
+        """Take a token that a step has given, at `time`; whether the request ends by it. One that was computed past the
+        end is dropped."""
         if self.finish_reason is not None:
             self.num_sampled -= 1
-            return
+            return False
         self.tokens.append(token)
         self.token_times.append(time)
         if token in self.eos_token_ids or self.given.stop and self._ends_with_stop():
             self.finish_reason = "stop"
-        elif len(self.tokens) - self.num_prompt_tokens >= self.output_len:
+        elif len(self.token_times) >= self.output_len:
             self.finish_reason = "length"
+        return self.finish_reason is not None
 
     def _ends_with_stop(self) -> bool:
         # A character is at most four byte tokens, so this tail holds any stop string that the newest token completes.

@@ -32,10 +32,9 @@ class Scheduler(StepLoop):
         self.req_batch_size = at_least_one("req_batch_size", req_batch_size or token_batch_size)
 
     def schedule(self) -> list[Chunk]:
-        decoding = self.decoding_requests()
+        decoding, free_pages = self.decoding_requests()
         chunks = decode_chunks(decoding)
         page_size = self.engine.page_size
-        free_pages = self.engine.num_free_pages - self.pages_for_decoding(decoding)
         budget = self.token_batch_size - len(chunks)
 
         part_done = [r for r in self.running if r.is_prefilling]

@@ -33,8 +33,7 @@ class Scheduler(StepLoop):
         self.req_batch_size = at_least_one("req_batch_size", req_batch_size)
 
     def schedule(self) -> list[Chunk]:
-        decoding = self.decoding_requests()
-        free_pages = self.engine.num_free_pages - self.pages_for_decoding(decoding)
+        decoding, free_pages = self.decoding_requests()
         free_slots = self.req_batch_size - len(decoding)
         entering = []
         for request in leading_prompts(list(islice(self.waiting, free_slots)), MAX_PROMPT_TOKENS):

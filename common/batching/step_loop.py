@@ -88,24 +88,22 @@ class StepLoop:
         """The chunks of the next step; [] when there is nothing to launch before the step in flight is read."""
         raise NotImplementedError
 
-    def decoding_requests(self) -> list[Request]:
-        """The running requests that decode next, oldest first, with a free page for each that needs one.
+    def decoding_requests(self) -> tuple[list[Request], int]:
+        """The running requests that decode next, oldest first, and how many pages they leave free.
 
         When pages run out the newest request is preempted: its pages go to older ones, and it is computed again later.
         """
+        page_size = self.engine.page_size
         while True:
-            decoding = [r for r in self.running if r.wants_more and not r.is_prefilling]
-            if self.pages_for_decoding(decoding) <= self.engine.num_free_pages:
-                return decoding
+            decoding = [r for r in self.running if r.decodes_next]
+            # A decode takes a new page when its token is the first of one.
+            needed = [r.num_computed % page_size for r in decoding].count(0)
+            if needed <= self.engine.num_free_pages:
+                return decoding, self.engine.num_free_pages - needed
             if self.in_flight:
                 self.read_step()  # it may end requests, and it may be using the newest one's pages
             else:
                 self.preempt_newest()
-
-    def pages_for_decoding(self, decoding: list[Request]) -> int:
-        """A decode takes a new page when its token is the first of one."""
-        page_size = self.engine.page_size
-        return sum(r.num_computed % page_size == 0 for r in decoding)
 
     def enter(self) -> Request:
         """Move the oldest waiting request to the running ones."""
@@ -238,9 +236,7 @@ class StepLoop:
     def commit(self, tokens: dict[Request, int], now: float) -> None:
         """Hand out the tokens of a step read at `now`, and let the requests go that end."""
         for request, token in tokens.items():
-            ended = request.finish_reason is not None
-            request.read(token, now)
-            if request.finish_reason is not None and not ended:
+            if request.read(token, now):
                 self.completed.append(request)
                 self._open_holds[request].finish_s = now
                 self._vacate(request)

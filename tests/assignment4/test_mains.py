@@ -131,6 +131,18 @@ def test_mix_is_served_whole(tmp_path):
     assert [row["output_tokens"] for row in summary] == [133_966, 133_966]
 
 
+def test_a_long_set_is_swept_in_part(tmp_path):
+    """10,001 requests of one token are served whole by both policies; the sweep, which is many runs, takes fewer."""
+    lines = ["TIMESTAMP,ContextTokens,GeneratedTokens", *["2023-11-16 18:15:46,1,1"] * 10_001]
+    (tmp_path / "trace.csv").write_text("\n".join(lines) + "\n")
+    many = ["--requests", "trace.csv", "--budgets", "512", "--no-plot", "--req-batch-size", "1"]
+    done = simulate("chunked", tmp_path, *many)
+    assert "the sweep over budgets takes the first 10,000 requests" in done.stdout
+    rows = {name: read_rows(tmp_path / "out" / f"chunked_{name}_simulated.csv", ()) for name in ("summary", "budgets")}
+    assert {row["requests"] for row in rows["summary"]} == {10_001}
+    assert {row["requests"] for row in rows["budgets"]} == {10_000}
+
+
 def test_replicas_resume_and_earlier_files(tmp_path):
     out = tmp_path / "out"
     simulate("continous", tmp_path, "--replicas", 3, "--no-plot")
