@@ -169,24 +169,31 @@ def read_azure_csv(
             break
         try:
             time = _timestamp_s(row["TIMESTAMP"])
-            prompt_len, output_len = int(row["ContextTokens"]), int(row["GeneratedTokens"])
-            if prompt_len < 1 or output_len < 1:
-                raise ValueError(f"{prompt_len} context and {output_len} generated tokens; both must be at least 1")
+            prompt_len, output_len = (_num_tokens(name, row[name]) for name in AZURE_COLUMNS[1:])
             first = time if first is None else first
             if time < first:
                 raise ValueError("earlier than the first row")
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise UserError(f"{path}, line {rows.line_num}: {error}") from None
         prompt = random_prompt(draw, prompt_len, vocab_size)
         requests.append(InputRequest(prompt_token_ids=prompt, output_len=output_len, arrival_time=time - first))
     return requests
 
 
+def _num_tokens(name: str, text: str | None) -> int:
+    if text is None or not text.strip().isdecimal() or int(text) < 1:
+        raise ValueError(f"{name} must be a whole number from 1, not {text!r}")
+    return int(text)
+
+
 def _timestamp_s(text: str) -> float:
     """Seconds of "2023-11-16 18:15:46.6805900" (seven digits, perhaps a zone), which datetime cannot read alone."""
     whole, _, rest = text.strip().partition(".")
     fraction = rest[: len(rest) - len(rest.lstrip("0123456789"))]
-    seconds = (datetime.fromisoformat(whole[:19]) - datetime(1970, 1, 1)).total_seconds()
+    try:
+        seconds = (datetime.fromisoformat(whole[:19]) - datetime(1970, 1, 1)).total_seconds()
+    except (ValueError, TypeError):  # TypeError: a short date takes the zone along
+        raise ValueError(f"TIMESTAMP must be like 2023-11-16 18:15:46.68, not {text!r}") from None
     return seconds + (float("0." + fraction) if fraction else 0.0)
 
 

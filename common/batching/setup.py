@@ -19,6 +19,7 @@ from common.distributed import World
 from common.errors import UserError
 from common.serving import StepEngine
 
+MAX_SIMULATED_PAGES = 20_000_000  # of all replicas: the book of a page takes some 40 bytes
 
 @dataclass
 class Setup:
@@ -82,10 +83,18 @@ def prepare(
 
 def _open_simulated(args: argparse.Namespace, script_file: str, presets: Mapping[str, Mapping]) -> Setup:
     machine, shape = simulate.parse(args.simulate)
+    if not 1 <= args.page_size <= 256:
+        raise UserError(f"--page-size {args.page_size}: use 1 to 256 tokens a page")
     out = cli.output_dir(args, script_file)
     typed = cli.apply_preset(args, presets, "cuda")
     config = SHAPES[shape] if args.context is None else SHAPES[shape].with_context(args.context)
     model = simulate.StepModel(machine, config)
+    pages = args.replicas * (args.kv_pages or model.num_pages(args.page_size))
+    if pages > MAX_SIMULATED_PAGES:
+        raise UserError(
+            f"--replicas {args.replicas}: {pages:,} pages in all, {MAX_SIMULATED_PAGES:,} can be simulated; take fewer "
+            "replicas or --kv-pages, or a larger --page-size"
+        )
     engines: list[StepEngine] = [
         simulate.SimulatedEngine(model, num_pages=args.kv_pages, page_size=args.page_size) for _ in range(args.replicas)
     ]

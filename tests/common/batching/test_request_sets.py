@@ -145,20 +145,20 @@ def test_azure_trace_of_2024_has_a_zone_and_sometimes_no_fraction(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "row",
+    "row, message",
     [
-        "2023-11-16 18:15:46,0,4",
-        "2023-11-16 18:15:46,4,0",
-        "2023-11-16 18:15:46,4",
-        "yesterday,4,4",
-        "2023-11-16 18:15:46,a,4",
-        "2023-11-16 18:15:40,4,4",
+        ("2023-11-16 18:15:46,0,4", "ContextTokens must be a whole number from 1, not '0'"),
+        ("2023-11-16 18:15:46,4,0", "GeneratedTokens must be a whole number from 1, not '0'"),
+        ("2023-11-16 18:15:46,4", "GeneratedTokens must be a whole number from 1, not None"),
+        ("yesterday,4,4", "TIMESTAMP must be like 2023-11-16 18:15:46.68, not 'yesterday'"),
+        ("2023-11-16 18:15:46,a,4", "ContextTokens must be a whole number from 1, not 'a'"),
+        ("2023-11-16 18:15:40,4,4", "earlier than the first row"),
     ],
 )
-def test_malformed_trace_rows(tmp_path, row):
+def test_malformed_trace_rows(tmp_path, row, message):
     file = tmp_path / "trace.csv"
     file.write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:45,5,5\n{row}\n")
-    with pytest.raises(UserError, match="trace.csv, line 3: "):
+    with pytest.raises(UserError, match=f"trace.csv, line 3: {message}"):
         request_sets.load(str(file))
 
 
