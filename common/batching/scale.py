@@ -7,7 +7,8 @@ Two sweeps, every request of a point alike, all at once:
 
 A point has the throughput of the whole run, of its decode steps alone (those with all requests in them) and of its
 steps with pieces of prompts. The simulated curve is the same requests through the same scheduler on `common.simulate`,
-whose one fitted figure, the overhead of a step, comes from another run: the one that the script has measured before.
+whose fitted figures, the overheads of a step and of a request in it, come from another run: the one that the script
+has measured before.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from common.batching.step_loop import Iteration
 from common.errors import UserError
 from common.pages import pages_for
 from common.serving import InputRequest
-from common.simulate import SimulatedEngine, StepModel, fit_overhead, read_work
+from common.simulate import SimulatedEngine, StepModel, fit_overhead, read_measured
 
 PRESETS = {
     "quick": {"batch_sizes": [1, 2, 4], "kv_lens": [32, 64], "scale_prompt": 8, "scale_output": 6},
@@ -82,9 +83,11 @@ def measure(
     """  # fmt: skip
     model = setup.ceiling
     if iterations_csv is not None:
-        model = fit_overhead(model, read_work(iterations_csv))
+        model = fit_overhead(model, read_measured(iterations_csv))
+        step_us, request_us = 1e6 * model.machine.overhead_s, 1e6 * model.machine.request_overhead_s
         print(
-            f"--scale: simulated beside it, with {model.machine.overhead_s * 1e6:,.0f} us a step besides the roofline"
+            f"--scale: simulated beside it, with {step_us:,.0f} us a step and {request_us:.3g} us a request in it "
+            "besides the roofline"
         )
     for sweep, in_flight, prompt, output in points(args, setup):
         keys = {"sweep": sweep, "in_flight": in_flight, "context": prompt + output}
