@@ -242,7 +242,9 @@ def decode_cases(device, dtype) -> Iterator[Case]:
         pages, tables = _pages(batch, length, n, device, dtype)
         lens = torch.full((batch,), length, dtype=torch.int32, device=device)
         qs = torch.randn(n, batch, HEADS, HEAD_DIM, device=device, dtype=dtype)
-        engines = {"ours": _each(lambda q, t, p=pages, s=lens: paged_decode.paged_decode(q, p, t, s), qs, tables)}
+        engines = {
+            "ours": _each(lambda q, t, p=pages, s=lens: paged_decode.paged_decode(q, p, t, s, early=True), qs, tables)
+        }
         if flashinfer:
             engines["flashinfer"] = _flashinfer_decode(flashinfer, pages, tables, qs, length)
         want = _each(lambda q, t, p=pages, s=lens: paged_decode.reference(q, p, t, s), qs, tables)

@@ -147,6 +147,8 @@ def _paged_decode_kernel(
             l += 1.0
             acc += v_new.to(tl.float32)
     else:
+        if EARLY and PDL:
+            gdc_wait()
         q = tl.load(q_ptr + q_row + d[None, :], mask=mask_q, other=0.0)
 
     if PEEL:
@@ -205,10 +207,13 @@ def _merge_kernel(
 
 
 def _plan(batch, num_kv_heads, max_len, row_bytes, device):
-    """(splits, BLOCK_KV, num_warps, stages), measured on an H200 (docs/performance.md) for rows of 256 bytes.
+    """(splits, BLOCK_KV, num_warps, stages, peel), measured on an H200 (docs/performance.md) for rows of 256 bytes.
 
     Parts beyond a short context cost nothing (their programs end at once), so a small batch always gets as many as a
     long one needs. Wider rows take fewer tokens at a time, and devices with less shared memory a small choice.
+    peel: whether a program that may start early has its first block in registers before it waits. Of 128 tokens that
+    takes 188 to 213 registers a thread, so that two programs fit on a multiprocessor and not three: only where no more
+    are wanted.
     """
     programs = batch * num_kv_heads
     splits, num_warps, stages = round(4 * num_sms(device) / programs), 2, 4
@@ -224,7 +229,9 @@ def _plan(batch, num_kv_heads, max_len, row_bytes, device):
         elif programs >= 1024:
             splits, block_kv, num_warps = 1, 32, 1
     block_kv = max(16, min(block_kv, block_kv * 256 // next_power_of_2(row_bytes)))
-    return max(1, min(splits, 64)), block_kv, num_warps, stages
+    splits = max(1, min(splits, 64))
+    peel = programs < 1024 and (block_kv < 128 or programs * splits <= 2 * num_sms(device))
+    return splits, block_kv, num_warps, stages, peel
 
 
 def _launch(q, new, pages, page_table, kv_lens, tables, scale, early, plan):
@@ -232,7 +239,7 @@ def _launch(q, new, pages, page_table, kv_lens, tables, scale, early, plan):
     _, _, page_size, num_kv_heads, _ = pages.shape
     k_new, v_new = new if new else (q, q)
     cos, sin = tables if tables else (q, q)
-    splits, block_kv, num_warps, stages = plan or _plan(
+    splits, block_kv, num_warps, stages, peel = plan or _plan(
         batch, num_kv_heads, page_table.shape[1] * page_size, head_dim * q.element_size(), q.device
     )
     out = torch.empty(batch, num_heads, head_dim, dtype=q.dtype, device=q.device)
@@ -246,7 +253,7 @@ def _launch(q, new, pages, page_table, kv_lens, tables, scale, early, plan):
         out.stride(0), cos.stride(0), (scale or head_dim**-0.5) * math.log2(math.e), splits,
         GROUP=group, HEAD_DIM=head_dim, PAGE_SIZE=page_size, BLOCK_G=max(16, next_power_of_2(group)), BLOCK_D=block_d,
         BLOCK_KV=block_kv, STAGES=stages, SPLIT=splits > 1, ROPE=bool(new), EARLY=early,
-        PEEL=early and batch * num_kv_heads < 1024,
+        PEEL=early and peel,
         **launch_options(q.device, num_warps=num_warps),
     )  # fmt: skip
     if splits > 1:
@@ -259,9 +266,9 @@ def _launch(q, new, pages, page_table, kv_lens, tables, scale, early, plan):
     return out
 
 
-def paged_decode_triton(q, pages, page_table, kv_lens, scale=None, *, plan=None):
-    """The Triton version of `reference`; `plan` overrides (splits, BLOCK_KV, num_warps, stages)."""
-    return _launch(q, None, pages, page_table, kv_lens, None, scale, False, plan)
+def paged_decode_triton(q, pages, page_table, kv_lens, scale=None, *, early=False, plan=None):
+    """The Triton version of `paged_decode`; `plan` overrides (splits, BLOCK_KV, num_warps, stages, peel)."""
+    return _launch(q, None, pages, page_table, kv_lens, None, scale, early, plan)
 
 
 def rope_append_decode_triton(
@@ -274,13 +281,14 @@ def rope_append_decode_triton(
     return _launch(q, (k, v), pages, page_table, kv_lens, (cos, sin), scale, early, plan)
 
 
-def paged_decode(q, pages, page_table, kv_lens, scale=None):
+def paged_decode(q, pages, page_table, kv_lens, scale=None, *, early=False):
     """One query token a sequence over its pages; arguments and result as in `reference`, page_table and kv_lens int32.
 
-    Nothing waits for the host, and the grid does not depend on the lengths: one CUDA graph serves any of them.
+    early: as for `rope_append_decode`, of all tokens. Nothing waits for the host, and the grid does not depend on the
+    lengths: one CUDA graph serves any of them.
     """
     if runs_triton(q):
-        return paged_decode_triton(q, pages, page_table, kv_lens, scale)
+        return paged_decode_triton(q, pages, page_table, kv_lens, scale, early=early)
     return reference(q, pages, page_table, kv_lens, scale)
 
 

@@ -182,7 +182,7 @@ ATTENTION = {
 def test_paged_decode(dtype, group, head_dim, page_size):
     draw, plans = random.Random(f"{group} {head_dim}"), [None]
     if dtype.itemsize == 2 and (group, head_dim, page_size) in ((4, 128, 16), (8, 64, 64)):
-        plans += [(1, 64, 4, 3), (7, 32, 4, 4), (64, 64, 4, 5)]
+        plans += [(1, 64, 4, 3, False), (7, 32, 4, 4, True), (64, 64, 4, 5, True)]
     for lengths in ([5000, 1, 17, 333, 1024], *(random_lengths(draw, 5, 3000) for _ in range(4))):
         check_decode(lengths, 2, group, head_dim, page_size, dtype, plans)
 
@@ -199,8 +199,9 @@ def check_decode(lengths, kv_heads, group, head_dim, page_size, dtype, plans):
     q = torch.randn(len(lengths), kv_heads * group, head_dim).to(dtype)
     want = torch.cat([cache.attend(b, q[b : b + 1], [n]) for b, n in enumerate(lengths)])
     for plan in plans:
-        for _ in range(2):
-            close(paged_decode.paged_decode_triton(q, cache.pages, cache.table, cache.lens, plan=plan), want, dtype)
+        for _ in range(2):  # the second begins while the first one ends
+            options = {"early": True, "plan": plan}
+            close(paged_decode.paged_decode_triton(q, cache.pages, cache.table, cache.lens, **options), want, dtype)
 
 
 @examples(

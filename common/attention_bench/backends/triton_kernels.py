@@ -45,8 +45,8 @@ class TritonKernels(Backend):
 def _bind_decode(x):
     from common.kernels.paged_decode import paged_decode_triton
 
-    case = x.case
-    return lambda: paged_decode_triton(x.q, x.pages, case.page_table, case.lengths)
+    case = x.case  # early, as in a decode step: the context, its table and length are there before the queries
+    return lambda: paged_decode_triton(x.q, x.pages, case.page_table, case.lengths, early=True)
 
 
 def _bind_prefill(case: PrefillCase, x: PrefillInputs):

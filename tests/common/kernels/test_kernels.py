@@ -108,12 +108,12 @@ class Paged:
 
 
 DECODE_CASES = [
-    # lengths, query heads, KV heads, head_dim, page size, plan (splits, BLOCK_KV, warps, stages)
-    ((1,), 1, 1, 64, 1, (1, 32, 4, 2)),
-    ((33, 1, 64), 4, 1, 64, 16, (3, 16, 4, 2)),
-    ((70, 5), 8, 2, 32, 3, (4, 16, 4, 2)),
-    ((100, 16), 6, 6, 40, 64, (2, 32, 4, 2)),
-    ((40, 300), 8, 1, 128, 256, (8, 32, 4, 2)),
+    # lengths, query heads, KV heads, head_dim, page size, plan (splits, BLOCK_KV, warps, stages, peel)
+    ((1,), 1, 1, 64, 1, (1, 32, 4, 2, False)),
+    ((33, 1, 64), 4, 1, 64, 16, (3, 16, 4, 2, True)),
+    ((70, 5), 8, 2, 32, 3, (4, 16, 4, 2, True)),
+    ((100, 16), 6, 6, 40, 64, (2, 32, 4, 2, True)),
+    ((40, 300), 8, 1, 128, 256, (8, 32, 4, 2, False)),
     ((17,), 9, 3, 64, 2, None),
 ]
 
@@ -126,8 +126,22 @@ def test_paged_decode(dtype, case):
     q = randn(len(lengths), heads, head_dim, dtype=dtype)
     want = torch.stack([cache.attend(b, q[b]) for b in range(len(lengths))])
     close(paged_decode.reference(q, cache.pages, cache.table, cache.lens), want, dtype)
-    for _ in range(2):  # twice: the first call must leave the arrival counters at zero
-        close(paged_decode.paged_decode_triton(q, cache.pages, cache.table, cache.lens, plan=plan), want, dtype)
+    for early in (False, True):
+        options = {"early": early, "plan": plan}
+        close(paged_decode.paged_decode_triton(q, cache.pages, cache.table, cache.lens, **options), want, dtype)
+
+
+def test_a_first_block_is_held_in_registers_only_where_enough_programs_still_fit(monkeypatch):
+    """132 multiprocessors; blocks of 128 tokens in registers leave room for two programs on each."""
+    monkeypatch.setattr(paged_decode, "num_sms", lambda device: 132)
+    monkeypatch.setattr(paged_decode, "capability", lambda device: (9, 0))
+    plans = {
+        batch: paged_decode._plan(batch, 8, 8192, 256, torch.device("cuda")) for batch in (1, 8, 16, 32, 48, 64, 256)
+    }
+    assert {batch: plan[4] for batch, plan in plans.items()} == {
+        1: True, 8: True, 16: False, 32: True, 48: False, 64: True, 256: False,
+    }  # fmt: skip
+    assert [plans[batch][1] for batch in (1, 8, 16, 32, 48, 64)] == [16, 32, 128, 128, 128, 64]
 
 
 def test_paged_decode_of_an_empty_row_is_zero():
@@ -190,6 +204,7 @@ def test_rope_append_decode(dtype, case):
         want.append(cache.attend(b, rotate(new[b, :heads], length - 1).to(dtype)))
     for version, kwargs in (
         (paged_decode.rope_append_decode_triton, {"plan": plan}),
+        (paged_decode.rope_append_decode_triton, {"plan": plan, "early": True}),
         (paged_decode.rope_append_decode_reference, {}),
     ):
         pages = cache.pages.clone()
