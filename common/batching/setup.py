@@ -21,6 +21,7 @@ from common.serving import StepEngine
 
 MAX_SIMULATED_PAGES = 20_000_000  # of all replicas: the book of a page takes some 40 bytes
 
+
 @dataclass
 class Setup:
     """What the schedulers run on. `facts` go into the provenance, `suffix` into the names of the files."""
