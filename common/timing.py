@@ -89,32 +89,42 @@ def interleaved(
     return {name: summarise(values) for name, values in samples.items()}
 
 
-def graph_kernel_time(calls: Sequence[Callable[[], object]], *, repeats: int = 20) -> Timing:
+def graph_kernel_time(
+    calls: Sequence[Callable[[], object]], *, repeats: int = 20, agree: Callable[[int], int] = int
+) -> Timing:
     """Seconds PER CALL of kernels replayed from one CUDA graph, on the current device.
 
     calls: closures over distinct inputs and outputs, together at least 4x the L2 cache, so that no call finds its
     data there. They are captured in turn, round and round until the graph holds at least 20, and must neither wait for
     the device nor allocate outside torch. A sample is several replays in a row, for some milliseconds: the time that
     the host takes to submit the first one must not count. UserError without CUDA.
+
+    agree: several ranks whose calls wait for one another must replay equally often. Each has a number of its own; this
+    returns the one that all take.
     """
     import torch
 
     if repeats < 1:
         raise ValueError("graph_kernel_time needs at least one repeat")
-    replay, count = graph_sample(calls)
+    replay, count = graph_sample(calls, agree=agree)
     device = torch.device("cuda", torch.cuda.current_device())
     return summarise([_event_seconds(replay, device) / count for _ in range(repeats)])
 
 
-def graph_sample(calls: Sequence[Callable[[], object]], *, least_s: float = 4e-3) -> tuple[Callable[[], None], int]:
-    """(replay, number of calls): `replay()` submits a captured graph of `calls` as often as fills `least_s`."""
+def graph_sample(
+    calls: Sequence[Callable[[], object]], *, least_s: float = 4e-3, agree: Callable[[int], int] = int
+) -> tuple[Callable[[], None], int]:
+    """(replay, number of calls): `replay()` submits a captured graph of `calls` as often as fills `least_s`.
+
+    agree: see `graph_kernel_time`.
+    """
     import torch
 
     graph, count = capture(calls)
     for _ in range(3):
         graph.replay()
     device = torch.device("cuda", torch.cuda.current_device())
-    times = max(1, min(100, round(least_s / max(_event_seconds(graph.replay, device), 1e-6))))
+    times = agree(max(1, min(100, round(least_s / max(_event_seconds(graph.replay, device), 1e-6)))))
 
     def replay() -> None:
         for _ in range(times):

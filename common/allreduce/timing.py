@@ -32,7 +32,9 @@ def time_eager(world: World, all_reduce: AllReduce, x: torch.Tensor, *, repeats:
 def time_in_graph(world: World, all_reduce: AllReduce, x: torch.Tensor, *, repeats: int) -> Timing:
     """Seconds per call of `all_reduce`, replayed from a CUDA graph of many calls over a few tensors like x."""
     tensors = [torch.zeros_like(x) for _ in range(4 if x.nbytes <= 1 << 26 else 1)]
-    timing = graph_kernel_time([lambda t=t: all_reduce(t) for t in tensors], repeats=repeats)
+    calls = [lambda t=t: all_reduce(t) for t in tensors]
+    # A rank that replayed the graph once more than the others would wait for them for ever.
+    timing = graph_kernel_time(calls, repeats=repeats, agree=world.broadcast)
     return _of_slowest_rank(world, list(timing.samples))
 
 

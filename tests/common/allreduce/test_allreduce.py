@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from common import timing
 from common.allreduce import profile as allreduce_profile
 from common.allreduce import timing as allreduce_timing
 from common.allreduce.plot import fit, series
@@ -20,6 +21,28 @@ from common.timing import summarise
 
 def rows_of(alpha_s, bytes_per_s, sizes):
     return [{"bytes": size, "time_us": 1e6 * (alpha_s + size / bytes_per_s)} for size in sizes]
+
+
+def test_ranks_replay_a_graph_equally_often(monkeypatch):
+    """Each rank measures for itself how often a sample must repeat the graph. All must take rank 0's number, or one
+    waits in a collective that the others have not launched. A fake device counts the replays."""
+    replays = []
+
+    class Graph:
+        def replay(self):
+            replays.append(1)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(timing, "capture", lambda calls: (Graph(), 20))
+    counts = []
+    for own_s in (1e-3, 2e-4):  # two ranks that measured a replay differently
+        replays.clear()
+        monkeypatch.setattr(timing, "_event_seconds", lambda fn, device, own_s=own_s: fn() or own_s)
+        world = SimpleNamespace(broadcast=lambda mine: 4, exchange=lambda mine: [mine])
+        allreduce_timing.time_in_graph(world, lambda t: t, torch.zeros(4), repeats=5)
+        counts.append(len(replays))
+    assert counts[0] == counts[1] == 3 + 1 + 5 * 4
 
 
 @pytest.mark.parametrize("alpha, beta", [(12e-6, 380e9), (400e-6, 1.1e9)])

@@ -16,6 +16,7 @@ import torch
 from common import checkpoint
 from common.allreduce.timing import choose_algorithms
 from common.distributed import open_world
+from common.errors import UserError
 from common.generation import StopRule
 from common.tensor_parallel import collectives
 from common.tensor_parallel import experiment as tp_experiment
@@ -29,10 +30,15 @@ def greedy(model):
 
 
 with open_world(argparse.Namespace(device="cuda")) as world:
-    problem = collectives.why_unavailable(world.device)
-    world.leave_at_once = sys.argv[1] == "symm"  # the others try the ordinary way out
-    symmetric = sys.argv[1] != "nccl" and problem is None
-    ranks = collectives.TensorParallel(world.group, world.device, torch.float32, symmetric=symmetric)
+    problem = "not asked for" if sys.argv[1] == "nccl" else collectives.why_unavailable(world.device)
+    ranks = collectives.TensorParallel(world.group, world.device, torch.float32)
+    if problem is None:
+        try:
+            ranks = collectives.TensorParallel(world.group, world.device, torch.float32, symmetric=True)
+            world.leave_at_once = True  # as make_tensor_parallel does; NCCL alone takes the ordinary way out
+        except UserError as error:
+            problem = str(error)
+    symmetric = problem is None
     lines = choose_algorithms(ranks, world, [1, 4], 64, insist=sys.argv[1] == "symm")
     load = {"device": world.device, "dtype": torch.float32, "quiet": True}
     grouped, _ = checkpoint.load("random:tiny", tp=lambda c: replace(shard_of(c, 0, 1), group=ranks), **load)
