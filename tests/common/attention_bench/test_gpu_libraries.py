@@ -198,7 +198,10 @@ def package_4():
     return locals()
 
 
-@pytest.mark.parametrize("backend, package", list(zip(flash_attn.BACKENDS, (package_2, package_3, package_4))), ids=str)
+FLASH_ATTN = [pytest.param(b, p, id=b.name) for b, p in zip(flash_attn.BACKENDS, (package_2, package_3, package_4))]
+
+
+@pytest.mark.parametrize("backend, package", FLASH_ATTN)
 def test_flash_attn_s_packages_are_given_what_they_ask_for(backend, package, monkeypatch):
     module = SimpleNamespace(flash_attn_func=flash_attn_func, **package())
     monkeypatch.setattr(backend, "_module", lambda: module, raising=False)
