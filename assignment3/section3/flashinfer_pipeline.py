@@ -262,7 +262,7 @@ def main(args):
         return ablate(args)
     start, texts = start_up.StartUp(BEGAN), cli.typed_prompts(args)
     with start.part("weights"):
-        exp = experiment.prepare(args, __file__, PRESETS, with_ceilings=False)
+        exp = experiment.prepare(args, __file__, PRESETS)
     if not (args.no_sweep or texts):
         with start.part("ceilings"):
             exp.ceilings  # noqa: B018 (measured here, before the pool takes the free memory)

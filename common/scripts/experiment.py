@@ -22,7 +22,8 @@ from common.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class Experiment:
     """A script that is ready to measure. `typed` holds the names of the sizes that the user gave; `known_ceilings` what
-    the machine allows, where that is known: else `ceilings` measures it when first asked.
+    the machine allows, where that is known: else `ceilings` measures it when first asked, after the sizes are checked
+    and before a pool of pages takes the free memory.
     """
 
     args: argparse.Namespace
@@ -82,13 +83,8 @@ def prepare(
     args: argparse.Namespace,
     script_file: str,
     presets: Mapping[str, Mapping[str, Any]],
-    *,
-    with_ceilings: bool = True,
 ) -> Experiment:
-    """Everything before the first measurement, cheapest refusals first. Raises UserError; writes nothing.
-
-    with_ceilings: know them on return. Without, they are measured at first use, before a pool takes the free memory.
-    """
+    """Everything before the first measurement, cheapest refusals first. Raises UserError; writes nothing."""
     out = cli.output_dir(args, script_file)
     if getattr(args, "dump_tokens", None):
         cli.check_output_file(args.dump_tokens, "--dump-tokens")
@@ -96,4 +92,4 @@ def prepare(
     dtype = checkpoint.pick_dtype(args.dtype, device)
     typed = cli.apply_preset(args, presets, device.type)
     model, tokenizer = checkpoint.load(args.model, device=device, dtype=dtype, seed=args.seed, context=args.context)
-    return Experiment(args, out, typed, model, tokenizer, roofline.ceilings(device, dtype) if with_ceilings else None)
+    return Experiment(args, out, typed, model, tokenizer)
