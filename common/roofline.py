@@ -14,7 +14,6 @@ size. A GPU's roof for decode is the read-only ceiling, for elementwise work the
 
 import hashlib
 import platform
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -75,7 +74,7 @@ def ceilings(device: Any, dtype: Any, *, fresh: bool = False) -> Ceilings:
     path = _cache_path(device)
     known = None if fresh else _load(path)
     if known is None or wanted not in known.tflops:
-        print(f"measuring what {device} allows in {wanted} (kept for a day)", file=sys.stderr)
+        print(f"measuring what {device} allows in {wanted} (kept for a day)", flush=True)
     if known is None:
         known = _measure(device, (wanted,), quick=True, record=_ignore)
     elif wanted not in known.tflops:

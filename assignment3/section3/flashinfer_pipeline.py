@@ -256,6 +256,7 @@ def ablate(args):
 
 
 def main(args):
+    from common.paged.backends import pick_backend
     from common.scripts import breakdown, experiment, pipeline_plots, pipeline_sweeps, start_up
 
     if args.ablation:
@@ -263,6 +264,7 @@ def main(args):
     start, texts = start_up.StartUp(BEGAN), cli.typed_prompts(args)
     with start.part("weights"):
         exp = experiment.prepare(args, __file__, PRESETS)
+        pick_backend(args.backend, exp.model)  # refused now rather than after the ceilings
     if not (args.no_sweep or texts):
         with start.part("ceilings"):
             exp.ceilings  # noqa: B018 (measured here, before the pool takes the free memory)
