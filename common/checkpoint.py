@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from common.config import SHAPES, ModelConfig
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.kernels.linear import Linear, SplitHead
 from common.kernels.rms_norm import Norm
 from common.llama import Layer, Llama
@@ -230,8 +230,9 @@ def _download(hub_id: str) -> Path:
         try:
             return Path(snapshot_download(hub_id, allow_patterns=list(patterns), **pinned))
         except Exception as error:  # the hub's client raises a dozen kinds; each means "not to be had"
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"--model {hub_id}: no such folder, and the hub did not give it: {first_line}") from None
+            raise UserError(
+                f"--model {hub_id}: no such folder, and the hub did not give it: {first_line(error)}"
+            ) from None
 
     folder = fetch("*.json", "tokenizer.model", "*.jinja")
     ModelConfig.from_pretrained(folder)

@@ -24,7 +24,7 @@ from common.memory import free_bytes, human_bytes
 from common.paged.backends import Backend, make_attend, pick_backend, reserve_memory
 from common.paged.batch import DeviceBatch, HostBatch, Upload
 from common.paged.graphs import DecodeGraphs
-from common.pages import pages_for
+from common.pages import check_page_size, pages_for
 from common.sampling import GREEDY, sample
 from common.serving import Chunk, InputRequest, Request, release_pages, reserve_pages
 
@@ -78,8 +78,7 @@ class Engine:
         max_step_tokens: int = 2048,
         graphs: bool = True,
     ) -> None:
-        if not 1 <= page_size <= 256:
-            raise UserError(f"--page-size {page_size}: use 1 to 256 tokens a page")
+        check_page_size(page_size)
         self.model, self.page_size = model, page_size
         self.backend: Backend = pick_backend(backend, model)
         self.max_context = model.config.max_position_embeddings

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from common.errors import CheckFailed, UserError
+from common.errors import CheckFailed, UserError, is_out_of_memory
 
 EXIT_CHECK_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
 
@@ -81,9 +81,7 @@ def _explain(error: Exception) -> tuple[int, str]:
         return EXIT_USER_ERROR, f"error: {error}"
     if isinstance(error, CheckFailed):
         return EXIT_CHECK_FAILED, f"check failed: {error}"
-    # torch is not imported for this: its class is known by name, its CPU allocator by its message.
-    names = {cls.__name__ for cls in type(error).__mro__}
-    if names & {"MemoryError", "OutOfMemoryError"} or "DefaultCPUAllocator" in str(error):
+    if is_out_of_memory(error):
         first = str(error).strip().split("\n")[0]
         return (
             EXIT_USER_ERROR,

@@ -6,6 +6,8 @@ only the last one may be partly filled. That list is all a paged attention kerne
 The tensors live in `common.kv_cache.DistKVPool`, which is a PageAllocator with storage.
 """
 
+from common.errors import UserError
+
 
 class OutOfPages(Exception):
     """More pages were asked for than are free. Nothing was allocated."""
@@ -19,6 +21,12 @@ class OutOfPages(Exception):
 
 class PageError(RuntimeError):
     """A page was given back twice, was never the pool's, or is used after it was given back: a bug in the caller."""
+
+
+def check_page_size(page_size: int) -> None:
+    """UserError for a page size that no engine takes."""
+    if not 1 <= page_size <= 256:
+        raise UserError(f"--page-size {page_size}: use 1 to 256 tokens a page")
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:

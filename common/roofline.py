@@ -87,19 +87,24 @@ def ceilings(device: Any, dtype: Any, *, fresh: bool = False) -> Ceilings:
 
 
 def gate(
-    measure: Callable[[], float], ceiling: Callable[[Ceilings], float], known: Ceilings, device: Any, dtype: Any
+    value: float,
+    again: Callable[[], float],
+    ceiling: Callable[[Ceilings], float],
+    known: Ceilings,
+    device: Any,
+    dtype: Any,
 ) -> tuple[float, Ceilings, bool]:
-    """Measure a figure and hold it against its ceiling. Returns (figure, ceilings, suspect).
+    """Hold a measured figure against its ceiling. Returns (figure, ceilings, suspect).
 
     A figure above 105 % of the ceiling is measured again, together with the ceiling. If it is still above, it is
     `suspect`: the caller marks the row, and calls `report_suspects` when all rows are written.
-    measure: gives the figure (GB/s or TFLOP/s). ceiling: picks its ceiling, as in `lambda c: c.memory_gb_per_s()`.
+    value: the figure (GB/s or TFLOP/s); `again` measures it once more. ceiling: picks its ceiling, as in `lambda c:
+    c.memory_gb_per_s()`.
     """
-    value = measure()
     if value <= SUSPECT_RATIO * ceiling(known):
         return value, known, False
     known = _higher(known, ceilings(device, dtype, fresh=True))
-    value = measure()
+    value = again()
     return value, known, value > SUSPECT_RATIO * ceiling(known)
 
 

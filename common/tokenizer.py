@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from common.config import ModelConfig
-from common.errors import UserError
+from common.errors import UserError, first_line
 
 PROMPT_TEXT = Path(__file__).parent / "data" / "prompt_text.txt"
 
@@ -58,8 +58,9 @@ class PretrainedTokenizer(_PromptText):
         try:
             self._hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds here; each means unusable tokenizer files
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{folder}: its tokenizer cannot be read ({first_line}); add tokenizer.json") from None
+            raise UserError(
+                f"{folder}: its tokenizer cannot be read ({first_line(error)}); add tokenizer.json"
+            ) from None
         self.eos_token_ids = config.eos_token_ids
         if len(self._hf) > config.vocab_size:
             raise UserError(

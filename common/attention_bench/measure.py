@@ -27,13 +27,14 @@ from common.attention_bench.backends.base import Backend, Call, Case, Prepared, 
 from common.attention_bench.backends.reference import TOLERANCE, reference, relative_error
 from common.attention_bench.backends.triton_kernels import check_interpreted, use_interpreter
 from common.attention_bench.options import Heads, names_of, parse_backends, parse_configs
-from common.errors import CheckFailed, UserError
+from common.errors import CheckFailed, UserError, first_line, is_out_of_memory
 from common.memory import free_bytes, human_bytes
 
 OK, UNSUPPORTED, OUT_OF_MEMORY, WRONG, FAILED = "ok", "unsupported", "out of memory", "wrong", "failed"
 MAX_COPIES = {"cuda": 512, "cpu": 4}
 CACHES_TO_FILL = 4
 MAX_GRAPHED_CALL_S = 10e-3
+MAX_NOTE = 160  # characters of an error that a row keeps
 SAMPLING_S = 1.5  # for a backend's samples at one point; what is slow is sampled less often, three times at least
 COMPILED_S = 0.25  # a first call on CUDA that takes longer compiled something
 SLOW_FAILURE_S = 5.0  # a failure that took longer compiled in vain; the next size would end in the same error
@@ -160,11 +161,11 @@ def measure_case(bench: Bench, case: Case, backends: Sequence[Backend]) -> dict[
         try:
             _measure(bench, case, able, rows)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             for backend in able:
                 if rows[backend.name]["status"] is None:
-                    rows[backend.name] |= {"status": OUT_OF_MEMORY, "note": _first_line(error)}
+                    rows[backend.name] |= {"status": OUT_OF_MEMORY, "note": first_line(error)[:MAX_NOTE]}
         _release(bench.device)
     return rows
 
@@ -239,7 +240,7 @@ def _check(
     try:
         timing.synchronize(bench.device)
     except RuntimeError as error:
-        broken = f"{backend.name} broke the CUDA device's context ({row['note']}): {_first_line(error)}"
+        broken = f"{backend.name} broke the CUDA device's context ({row['note']}): {first_line(error)[:MAX_NOTE]}"
         raise CheckFailed(f"{broken}; go on with --resume and --backends without it") from None
     return None
 
@@ -280,20 +281,12 @@ def _plan_us(bench: Bench, prepared: Prepared) -> float | None:
 
 
 def _explained(backend: Backend, error: Exception) -> dict[str, Any]:
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return {"status": OUT_OF_MEMORY, "note": "while it ran"}
-    note = _first_line(error)
+    note = first_line(error)[:MAX_NOTE]
     if isinstance(error, Unsupported) or not backend.ours:
         return {"status": UNSUPPORTED, "note": note}
     return {"status": FAILED, "note": f"{type(error).__name__}: {note}"}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def _release(device: torch.device) -> None:
@@ -311,24 +304,27 @@ def _time(bench: Bench, case: Case, ready: Mapping[str, _Ready], in_cache: bool)
         try:
             runs[name] = _run(bench, r, launches[name].median_s)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             r.row |= {"status": OUT_OF_MEMORY, "note": "while its calls were captured"}
     timings = _interleaved(bench, {name: run for name, (run, _) in runs.items()})
     for name, (run, count) in runs.items():
-        r, tries = ready[name], iter([timings[name]])
+        r = ready[name]
 
-        def figure(tries=tries, run=run, count=count, row=r.row) -> float:
-            timed = next(tries, None) or _interleaved(bench, {"": run})[""]
+        def figure(timed: timing.Timing, count=count, row=r.row) -> float:
             row["time_us"] = timed.median_s / count * 1e6
             row["time_us_p10"], row["time_us_p90"] = timed.p10_s / count * 1e6, timed.p90_s / count * 1e6
             return bench.figure(case, timed.median_s / count)
 
-        if in_cache and bench.phase == "decode":
-            value, suspect = figure(), False
-        else:
+        value, suspect = figure(timings[name]), False
+        if not (in_cache and bench.phase == "decode"):
             value, bench.ceilings, suspect = roofline.gate(
-                figure, bench.ceiling, bench.ceilings, bench.device, bench.dtype
+                value,
+                lambda run=run, figure=figure: figure(_interleaved(bench, {"": run})[""]),
+                bench.ceiling,
+                bench.ceilings,
+                bench.device,
+                bench.dtype,
             )
         seconds = r.row["time_us"] / 1e6
         r.row |= {
@@ -367,9 +363,9 @@ def _run(bench: Bench, r: _Ready, launch_s: float) -> tuple[Callable[[], object]
             r.row["form"] = "graph"
             return timing.graph_sample(r.calls)
         except RuntimeError as error:
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
-            r.row["note"] = f"not captured: {_first_line(error)}"
+            r.row["note"] = f"not captured: {first_line(error)[:MAX_NOTE]}"
     r.row["form"] = "launch"
     if bench.device.type == "cuda":
         return _in_turn(r.calls), 1

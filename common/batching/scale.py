@@ -14,6 +14,7 @@ has measured before.
 from __future__ import annotations
 
 import argparse
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,19 +29,22 @@ from common.pages import pages_for
 from common.serving import InputRequest
 from common.simulate import SimulatedEngine, StepModel, fit_overhead, read_measured
 
+# scale_in_flight: requests of the context sweep. scale_budget: tokens a step computes at most: throughput, not latency,
+# is asked for.
 PRESETS = {
-    "quick": {"batch_sizes": [1, 2, 4], "kv_lens": [32, 64], "scale_prompt": 8, "scale_output": 6},
-    "laptop": {"batch_sizes": [1, 2, 4, 8, 16], "kv_lens": [64, 256, 1024], "scale_prompt": 16, "scale_output": 16},
+    "quick": {
+        "batch_sizes": [1, 2, 4], "kv_lens": [32, 64],
+        "scale_prompt": 8, "scale_output": 6, "scale_in_flight": 2, "scale_budget": 32,
+    },
+    "laptop": {
+        "batch_sizes": [1, 2, 4, 8, 16], "kv_lens": [64, 256, 1024],
+        "scale_prompt": 16, "scale_output": 16, "scale_in_flight": 2, "scale_budget": 256,
+    },
     "course": {
-        "batch_sizes": [1 << e for e in range(10)], "kv_lens": [1 << e for e in range(10, 16)], "scale_prompt": 128,
-        "scale_output": 128,
+        "batch_sizes": [1 << e for e in range(10)], "kv_lens": [1 << e for e in range(10, 16)],
+        "scale_prompt": 128, "scale_output": 128, "scale_in_flight": 8, "scale_budget": 4096,
     },
 }  # fmt: skip
-# Requests of the context sweep, and the tokens a step computes at most there: throughput, not latency, is asked for.
-IN_FLIGHT = {"quick": 2, "laptop": 2, "course": 8}
-BUDGETS = {"quick": 32, "laptop": 256, "course": 4096}
-for _preset, _sizes in PRESETS.items():
-    _sizes |= {"scale_in_flight": IN_FLIGHT[_preset], "scale_budget": BUDGETS[_preset]}
 
 KEY = ("sweep", "in_flight", "context")
 RATES = ("tokens_per_s", "decode_tokens_per_s", "prefill_tokens_per_s")
@@ -80,7 +84,7 @@ def measure(
 ) -> None:
     """Measure the points that `file` lacks. make_policy(token budget, requests at once); iterations_csv: the steps of
     a measured run, which the simulation's overhead is fitted to (None: nothing is simulated beside it).
-    """  # fmt: skip
+    """
     model = setup.ceiling
     if iterations_csv is not None:
         model = fit_overhead(model, read_measured(iterations_csv))
@@ -108,7 +112,7 @@ def measure(
 
 def alike(count: int, prompt: int, output: int, vocab_size: int, seed: int) -> list[InputRequest]:
     """`count` requests of one shape, each with ids of its own."""
-    draw = request_sets.random.Random(seed)
+    draw = random.Random(seed)
     return [
         InputRequest(prompt_token_ids=request_sets.random_prompt(draw, prompt, vocab_size), output_len=output)
         for _ in range(count)

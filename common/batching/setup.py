@@ -17,6 +17,7 @@ from common.batching.step_loop import MAX_PROMPT_TOKENS
 from common.config import SHAPES, ModelConfig
 from common.distributed import World
 from common.errors import UserError
+from common.pages import check_page_size
 from common.serving import StepEngine
 
 MAX_SIMULATED_PAGES = 20_000_000  # of all replicas: the book of a page takes some 40 bytes
@@ -84,8 +85,7 @@ def prepare(
 
 def _open_simulated(args: argparse.Namespace, script_file: str, presets: Mapping[str, Mapping]) -> Setup:
     machine, shape = simulate.parse(args.simulate)
-    if not 1 <= args.page_size <= 256:
-        raise UserError(f"--page-size {args.page_size}: use 1 to 256 tokens a page")
+    check_page_size(args.page_size)
     out = cli.output_dir(args, script_file)
     typed = cli.apply_preset(args, presets, "cuda")
     config = SHAPES[shape] if args.context is None else SHAPES[shape].with_context(args.context)

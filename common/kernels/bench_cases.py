@@ -196,12 +196,10 @@ def hopper_gemm_cases(device, dtype) -> Iterator[Case]:
         "down": (HIDDEN, FFN, False),
     }
     for name, (outputs, features, silu) in products.items():
-        num_bytes = (2 if silu else 1) * outputs * features * dtype.itemsize
+        weight_rows = 2 * outputs if silu else outputs
+        num_bytes = weight_rows * features * dtype.itemsize
         n = max(4, _copies(num_bytes, device))
-        weights = [
-            w.mul_(0.02)
-            for w in _randn(n, num_bytes // features // dtype.itemsize, features, device=device, dtype=dtype)
-        ]
+        weights = [w.mul_(0.02) for w in _randn(n, weight_rows, features, device=device, dtype=dtype)]
         for rows in PLANNED_ROWS:
             xs = _randn(n, rows, features, device=device, dtype=dtype)
             if not runs_hopper_gemm(xs[0], weights[0]):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from common.errors import first_line
 from common.kernels.runtime import capability, num_sms
 
 SOURCE = Path(__file__).with_name("hopper_gemm.cu")
@@ -99,8 +100,8 @@ def build():
         )
         function = ctypes.CDLL(library).tlab_hopper_gemm
     except (OSError, RuntimeError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        print(f"note: hopper_gemm.cu was not built ({reason}); products take the other kernels", file=sys.stderr)
+        note = f"note: hopper_gemm.cu was not built ({first_line(error)}); products take the other kernels"
+        print(note, file=sys.stderr)
         return None
     pointer, number, stride = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     function.argtypes = [pointer, stride, pointer, stride, pointer, number, pointer, *[number] * 8, pointer]

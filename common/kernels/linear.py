@@ -52,7 +52,6 @@ class Linear:
         self,
         weight: torch.Tensor,
         *,
-        prepack: bool = True,
         group: TensorParallel | None = None,
         kernels: Kernels = Kernels.ALL,
     ) -> None:
@@ -61,7 +60,7 @@ class Linear:
         self.group, self.kernels = group, kernels
         self._packed = None
         self._weight: torch.Tensor | None = weight
-        if prepack and kernels is Kernels.ALL and _can_prepack(weight):
+        if kernels is Kernels.ALL and _can_prepack(weight):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
             self._weight = None  # the packed copy replaces the plain one: a model is held once
 

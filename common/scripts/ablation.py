@@ -278,20 +278,21 @@ class Ablation:
                 print(require_equal(self.exp.model, batch.prompts, expected, got, what), flush=True)
 
     def _append(self, file: ResultFile, rung: Rung, batch: _Batch) -> None:
-        samples, dtype, again = batch.samples[rung.technique], self.exp.dtype_name, False
+        timing, dtype, model = summarise(batch.samples[rung.technique]), self.exp.dtype_name, self.exp.model
 
-        def rate() -> float:
-            nonlocal samples, again
-            if again:
-                samples = [batch.seconds(rung) for _ in range(self.args.repeats)]
-            again = True
-            return 1 / summarise(samples).median_s
+        def measured_again() -> float:
+            nonlocal timing
+            timing = summarise([batch.seconds(rung) for _ in range(self.args.repeats)])
+            return 1 / timing.median_s
 
-        device = self.exp.model.device
         _, self.ceilings, suspect = roofline.gate(
-            rate, lambda c: 1 / batch.cost.seconds(c, dtype), self.ceilings, device, self.exp.model.dtype
+            1 / timing.median_s,
+            measured_again,
+            lambda c: 1 / batch.cost.seconds(c, dtype),
+            self.ceilings,
+            model.device,
+            model.dtype,
         )
-        timing = summarise(samples)
         tokens_per_s = batch.tokens / timing.median_s
         before = [row for row in file.rows if row["batch_size"] == batch.size]
         file.append(
@@ -304,7 +305,7 @@ class Ablation:
             time=timing.median_s,
             time_p10=timing.p10_s,
             time_p90=timing.p90_s,
-            repeats=len(samples),
+            repeats=len(timing.samples),
             prompt_tokens=batch.size * len(batch.prompts[0]),
             output_tokens=batch.size * batch.last,
             suspect=int(suspect),

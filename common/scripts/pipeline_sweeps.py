@@ -215,21 +215,22 @@ class Sweeps:
         n: int,
         figure: Callable[[Sequence[Run], int, int, int], Figure],
     ) -> None:
-        measured_again = False
+        def measured_again() -> float:
+            nonlocal runs, found
+            runs = self._repeat(name, batch, prompt, n, self.args.repeats)
+            found = figure(runs, batch, prompt, n)
+            return 1 / found.seconds
 
-        def rate() -> float:
-            nonlocal runs, measured_again
-            if measured_again:
-                runs = self._repeat(name, batch, prompt, n, self.args.repeats)
-            measured_again = True
-            return 1 / figure(runs, batch, prompt, n).seconds
-
-        dtype, cost = self.exp.dtype_name, figure(runs, batch, prompt, n).cost(self.exp)
-        device = self.exp.model.device
-        _, self.ceilings, suspect = roofline.gate(
-            rate, lambda c: 1 / cost.seconds(c, dtype), self.ceilings, device, self.exp.model.dtype
-        )
         found = figure(runs, batch, prompt, n)
+        dtype, cost, model = self.exp.dtype_name, found.cost(self.exp), self.exp.model
+        _, self.ceilings, suspect = roofline.gate(
+            1 / found.seconds,
+            measured_again,
+            lambda c: 1 / cost.seconds(c, dtype),
+            self.ceilings,
+            model.device,
+            model.dtype,
+        )
         mbu, mfu = cost.shares(found.seconds, self.ceilings, dtype)
         total = summarise([run.stamps[n - 1] for run in runs])
         file.append(

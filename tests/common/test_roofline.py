@@ -145,7 +145,9 @@ def test_gate(monkeypatch, figures, expected):
     fresh_ceilings = fresh
     monkeypatch.setattr(roofline, "ceilings", ceilings)
     left = list(figures)
-    value, after, suspect = roofline.gate(lambda: left.pop(0), lambda c: c.read_gb_per_s, known, "cuda", "float32")
+    value, after, suspect = roofline.gate(
+        left.pop(0), lambda: left.pop(0), lambda c: c.read_gb_per_s, known, "cuda", "float32"
+    )
     assert (value, suspect) == expected and left == []
     assert asked == [True] * (len(figures) - 1)
     if asked:

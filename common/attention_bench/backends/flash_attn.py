@@ -24,6 +24,7 @@ from common.attention_bench.backends.base import (
     Unsupported,
     first_tensor,
 )
+from common.errors import first_line
 
 
 def known_options(function: Callable, options: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +60,7 @@ class FlashAttn(CudaBackend):
             if not hasattr(self._module(), "flash_attn_func"):  # flash-attn 4 alone leaves an empty `flash_attn`
                 return f"not installed: {self.install}"
         except Exception as error:  # built for another torch, driver or card: whatever it raises, it is not usable
-            return f"cannot be imported ({str(error).strip().splitlines()[0] if str(error) else type(error).__name__})"
+            return f"cannot be imported ({first_line(error)})"
         return None
 
     def _module(self) -> ModuleType:

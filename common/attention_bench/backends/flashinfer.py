@@ -14,6 +14,7 @@ from itertools import accumulate
 import torch
 
 from common.attention_bench.backends.base import CudaBackend, DecodeCase, PrefillCase, Prepared
+from common.errors import first_line
 
 WORKSPACE_BYTES = 256 << 20
 
@@ -35,7 +36,7 @@ class FlashInfer(CudaBackend):
         try:
             import flashinfer  # noqa: F401
         except Exception as error:  # built for another torch or driver: whatever it raises, it is not usable
-            return f"cannot be imported ({str(error).strip().splitlines()[0] if str(error) else type(error).__name__})"
+            return f"cannot be imported ({first_line(error)})"
         return None
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from common.attention_bench.backends.base import Case, CudaBackend, DecodeCase, Prepared, Unsupported, first_tensor
+from common.errors import first_line
 
 # Values of arguments that we do not care about, where "nothing" is not what their type's zero says.
 NEUTRAL = {"window_size_left": -1, "window_size_right": -1, "cp_world_size": 1}
@@ -80,7 +81,7 @@ class VllmFlashAttn(CudaBackend):
         try:
             self._operators()
         except (OSError, RuntimeError) as error:  # built for another torch
-            return f"{path.name} cannot be loaded ({str(error).strip().splitlines()[0]})"
+            return f"{path.name} cannot be loaded ({first_line(error)})"
         return None
 
     def _operators(self) -> Any:

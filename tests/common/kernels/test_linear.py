@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from common.kernels import linear as linear_file
 from common.kernels.linear import Linear, linear_add, norm_gate_up_silu, norm_linear
 from common.kernels.rms_norm import Norm, rms_norm
+from common.kernels.runtime import Kernels
 
+ALL, FUSED = Kernels.ALL, Kernels.FUSED
 SIZES = [(1, 1), (1, 64), (3, 5), (64, 64), (130, 96), (576, 192), (333, 77)]  # out, in
 
 
@@ -35,7 +37,7 @@ def assert_near(got, expected, terms):
 @pytest.mark.parametrize("rows", [1, 2, 7, 32, 33, 100])
 def test_products_are_float64s(prepack, out_size, in_size, rows):
     weight, x, residual = tensors(out_size, in_size, rows)
-    linear = Linear(weight, prepack=prepack)
+    linear = Linear(weight, kernels=ALL if prepack else FUSED)
     expected = x.double() @ weight.double().T
     assert_near(linear(x), expected, in_size)
     before = x.clone()
@@ -48,7 +50,7 @@ def test_this_cpu_prepacks_or_says_why_not():
     """The operators are private to torch: a version that drops them must be noticed here, not in a slow demo."""
     packed = Linear(torch.randn(8, 8))
     assert packed.is_prepacked == torch.backends.mkldnn.is_available()
-    assert not Linear(torch.randn(8, 8), prepack=False).is_prepacked
+    assert not Linear(torch.randn(8, 8), kernels=FUSED).is_prepacked
     assert not Linear(torch.randn(8, 8).bfloat16()).is_prepacked
 
 
@@ -76,7 +78,7 @@ def test_the_weight_comes_back_bit_for_bit(prepack):
     rng = random.Random(0)
     for trial in range(20):
         weight = tensors(rng.randint(1, 200), rng.randint(1, 200), 1, trial)[0]
-        assert torch.equal(Linear(weight, prepack=prepack).weight, weight)
+        assert torch.equal(Linear(weight, kernels=ALL if prepack else FUSED).weight, weight)
 
 
 def test_rows_and_columns_of_a_larger_matrix_are_packed_right():
