@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from common.kernels import paged_decode, paged_prefill, rms_norm, silu_mul, streaming
-from common.kernels.hopper_gemm import Plan, hopper_gemm, plans_of, runs_hopper_gemm
+from common.kernels.hopper_gemm import Plan, clusters_at_once, hopper_gemm, plans_of, runs_hopper_gemm
 from common.kernels.linear import Linear, linear_add, linear_float32, norm_gate_up_silu, norm_linear
 from common.kernels.rms_norm import Norm
-from common.kernels.runtime import num_sms
 
 HIDDEN, FFN, VOCAB, HEADS, KV_HEADS, HEAD_DIM = 4096, 14336, 128256, 32, 8, 128
 QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM
@@ -210,7 +209,7 @@ def hopper_gemm_cases(device, dtype) -> Iterator[Case]:
                 return hopper_gemm(x, w, silu=silu, plan=plan)
 
             engines = {"ours": _each(product, xs, weights)}
-            for plan in plans_of(rows, outputs, features, silu, num_sms(device)):
+            for plan in plans_of(rows, outputs, features, silu, clusters_at_once(device)):
                 engines[f"{plan.columns} columns, {plan.sharers} sharers, {plan.parts} parts"] = _each(
                     lambda x, w, plan=plan, run=product: run(x, w, plan), xs, weights
                 )

@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(S::THREADS, 1)
         }
         show_barriers_to_cluster();
     }
-    sync_cluster();  // no block may write to another whose barriers are not yet there
+    meet_cluster();  // no block may write to another whose barriers are not yet there
 
     if (threadIdx.x < 128) {
         give_up_registers<S::PRODUCER_REGISTERS>();
@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(S::THREADS, 1)
             }
         }
     }
-    sync_cluster();  // no block may end while others still write to it, arrive at it or read from it
+    meet_cluster();  // no block may end while others still write to it, arrive at it or read from it
 }
 
 // ---------------------------------------------------------------- the host's side
@@ -311,6 +311,20 @@ bool encode(CUtensorMap *map, const void *matrix, int rows, int columns, int64_t
                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+// How many clusters of a size run at once: not every multiprocessor can be in one. Asked once, the answer holds for the
+// device.
+template <class S> cudaError_t count_clusters(const cudaLaunchConfig_t &config, int size, int *count) {
+    static int known[9] = {};
+    if (!known[size]) {
+        const auto kernel = hopper_gemm<S>;
+        cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
+        if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&known[size], kernel, &config);
+        if (error != cudaSuccess) return error;
+    }
+    *count = known[size];
+    return cudaSuccess;
+}
+
 template <class S>
 int launch(const void *x, int64_t x_stride, const void *w, int64_t w_stride, const Arguments &a, cudaStream_t stream) {
     constexpr int OUTPUTS = S::SILU ? S::COLUMNS / 2 : S::COLUMNS;
@@ -338,16 +352,10 @@ int launch(const void *x, int64_t x_stride, const void *w, int64_t w_stride, con
     config.numAttrs = 1;
     config.gridDim = dim3(unsigned(size));
 
-    // Not every multiprocessor can be in a cluster of every size: asked once, the answer holds for the device.
-    static int most_clusters[9] = {};
-    if (!most_clusters[size]) {
-        const auto kernel = hopper_gemm<S>;
-        cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
-        if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&most_clusters[size], hopper_gemm<S>, &config);
-        if (error != cudaSuccess) return error;
-        if (!most_clusters[size]) return cudaErrorInvalidConfiguration;
-    }
-    const int clusters = a.parts > 1 ? groups : min(groups, most_clusters[size]);
+    int most_clusters = 0;
+    if (const cudaError_t error = count_clusters<S>(config, size, &most_clusters)) return error;
+    if (!most_clusters) return cudaErrorInvalidConfiguration;
+    const int clusters = a.parts > 1 ? groups : min(groups, most_clusters);
     config.gridDim = dim3(unsigned(clusters * size));
     config.numAttrs = 2;
     return cudaLaunchKernelEx(&config, hopper_gemm<S>, x_map, w_map, a);
@@ -379,17 +387,39 @@ extern "C" int tlab_hopper_gemm(const void *x, int64_t x_stride, const void *w, 
     TRY(64, 1, 2, 1, 128, false)
     TRY(64, 1, 2, 1, 96, false)
     TRY(64, 1, 2, 1, 64, false)
+    TRY(64, 1, 2, 1, 48, false)
     TRY(64, 1, 2, 1, 32, false)
     TRY(128, 2, 1, 1, 224, true)
     TRY(128, 2, 1, 1, 256, false)
     TRY(128, 2, 1, 1, 192, false)
     TRY(128, 2, 1, 1, 128, false)
+    TRY(128, 2, 1, 1, 112, false)
+    TRY(128, 2, 1, 1, 96, false)
     TRY(192, 3, 1, 1, 112, true)
     TRY(192, 3, 1, 1, 192, false)
     TRY(192, 3, 1, 1, 128, false)
+    TRY(192, 3, 1, 1, 112, false)
+    TRY(192, 3, 1, 1, 96, false)
     TRY(256, 2, 1, 2, 112, true)
     TRY(256, 2, 1, 2, 128, false)
+    TRY(256, 2, 1, 2, 112, false)
     TRY(256, 2, 1, 2, 96, false)
 #undef TRY
     return cudaErrorInvalidValue;
+}
+
+// How many clusters of `size` blocks run at once on the current device; 0 where it cannot be told.
+extern "C" int tlab_hopper_clusters(int size) {
+    using S = Tile<1, 2, 1, 128, false>;
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {unsigned(size), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(unsigned(size));
+    config.blockDim = dim3(S::THREADS);
+    config.dynamicSmemBytes = SHARED_BYTES;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int count = 0;
+    return count_clusters<S>(config, size, &count) == cudaSuccess ? count : 0;
 }

@@ -16,16 +16,23 @@ from pathlib import Path
 import torch
 
 from common.errors import first_line
-from common.kernels.runtime import capability, num_sms
+from common.kernels.runtime import capability
 
 SOURCE = Path(__file__).with_name("hopper_gemm.cu")
 MAX_ROWS = 256
 BLOCK_K = 64  # features of a step, as in the source
-MAX_CLUSTER = 8  # blocks of a cluster that every Hopper GPU can place
 # Rows of W that a tile may have, by how many rows of x it has: the tiles that the source compiles, without and with
 # silu.
-COLUMNS = {64: (64, 128, 192, 256), 128: (128, 192, 256), 192: (128, 192), 256: (96, 128)}
+COLUMNS = {
+    64: (64, 96, 128, 192, 256),
+    128: (96, 112, 128, 192, 256),
+    192: (96, 112, 128, 192),
+    256: (96, 112, 128),
+}
 COLUMNS_SILU = {64: (224,), 128: (224,), 192: (112,), 256: (112,)}
+CLUSTER_SIZES = (1, 2, 3, 4, 6, 8)
+# How many clusters of each size run at once on an H200, whose 132 multiprocessors stand in groups of 16 and 18.
+H200_CLUSTERS = (132, 66, 42, 31, 20, 14)
 
 # One H200 at the clock it keeps, for choosing alone: what a multiprocessor computes and takes in a microsecond, what L2
 # and the memory give to all of them, and what a launch and a sum over a cluster cost at least.
@@ -51,44 +58,55 @@ def row_class(rows: int) -> int:
     return -(-rows // 64) * 64
 
 
-def predicted_us(rows: int, outputs: int, features: int, silu: bool, plan: Plan, sms: int) -> float:
+def predicted_us(rows: int, outputs: int, features: int, silu: bool, plan: Plan, clusters: tuple[int, ...]) -> float:
     """What a plan should take, from what each part of the machine must do; inf where it does not fit.
+
+    clusters: how many of each of CLUSTER_SIZES run at once.
 
     All tiles that run at once are a wave. A wave takes as long as its slowest part: the products, what a multiprocessor
     takes in, what L2 gives out (x once a cluster: that is what sharing saves), what the memory gives.
     """
     size = plan.sharers * plan.parts
     tiles = -(-outputs // (plan.columns // 2 if silu else plan.columns))
-    groups, clusters = -(-tiles // plan.sharers), sms // size
-    if size > MAX_CLUSTER or (plan.parts > 1 and (silu or groups > clusters or features < BLOCK_K * plan.parts)):
+    if size not in CLUSTER_SIZES:
         return float("inf")
-    blocks, share = min(groups, clusters) * size, features / plan.parts
+    groups, at_once = -(-tiles // plan.sharers), clusters[CLUSTER_SIZES.index(size)]
+    if not at_once or (plan.parts > 1 and (silu or groups > at_once or features < BLOCK_K * plan.parts)):
+        return float("inf")
+    blocks, share = min(groups, at_once) * size, features / plan.parts
     computed = 2 * row_class(rows) * plan.columns * share / FLOPS_PER_SM_US
     taken = 2 * (rows + plan.columns) * share / BYTES_PER_SM_US
     given = 2 * (rows / plan.sharers + plan.columns) * share * blocks / L2_BYTES_US
     read = 2 * plan.columns * share * blocks / MEMORY_BYTES_US
     summed = SUM_US + 4 * rows * plan.columns / REMOTE_BYTES_PER_SM_US if plan.parts > 1 else 0.0
-    return -(-groups // clusters) * max(computed, taken, given, read) + summed
+    return -(-groups // at_once) * max(computed, taken, given, read) + summed
 
 
-def plans_of(rows: int, outputs: int, features: int, silu: bool, sms: int) -> list[Plan]:
+def plans_of(rows: int, outputs: int, features: int, silu: bool, clusters: tuple[int, ...]) -> list[Plan]:
     """Every plan that fits, smaller clusters first."""
     columns = (COLUMNS_SILU if silu else COLUMNS)[row_class(rows)]
-    plans = [Plan(c, s, p) for s in (1, 2, 4, 8) for p in (1, 2, 4, 8) for c in columns]
-    plans = [plan for plan in plans if predicted_us(rows, outputs, features, silu, plan, sms) < float("inf")]
+    plans = [Plan(c, s, p) for s in (1, 2, 4) for p in (1, 2, 3, 4) for c in columns]
+    plans = [plan for plan in plans if predicted_us(rows, outputs, features, silu, plan, clusters) < float("inf")]
     return sorted(plans, key=lambda plan: plan.sharers * plan.parts)
 
 
 @functools.lru_cache(maxsize=1024)
-def choose_plan(rows: int, outputs: int, features: int, silu: bool, sms: int) -> Plan:
+def choose_plan(rows: int, outputs: int, features: int, silu: bool, clusters: tuple[int, ...]) -> Plan:
     """The plan that should take least; of equals the one with the smaller cluster."""
-    plans = plans_of(rows, outputs, features, silu, sms)
-    return min(plans, key=lambda plan: predicted_us(rows, outputs, features, silu, plan, sms))
+    plans = plans_of(rows, outputs, features, silu, clusters)
+    return min(plans, key=lambda plan: predicted_us(rows, outputs, features, silu, plan, clusters))
+
+
+@functools.lru_cache
+def clusters_at_once(device: torch.device) -> tuple[int, ...]:
+    """How many clusters of each of CLUSTER_SIZES run at once on the device. The kernel must have been built."""
+    with torch.cuda.device(device):
+        return tuple(build().tlab_hopper_clusters(size) for size in CLUSTER_SIZES)
 
 
 @functools.lru_cache
 def build():
-    """The compiled function, or None (said once, on stderr) where it cannot be built."""
+    """The compiled library, or None (said once, on stderr) where it cannot be built."""
     from torch.utils import cpp_extension
 
     try:
@@ -98,15 +116,17 @@ def build():
             extra_cuda_cflags=["-O3", "-gencode=arch=compute_90a,code=sm_90a"],
             is_python_module=False,
         )
-        function = ctypes.CDLL(library).tlab_hopper_gemm
+        library = ctypes.CDLL(library)
     except (OSError, RuntimeError, ImportError) as error:
         note = f"note: hopper_gemm.cu was not built ({first_line(error)}); products take the other kernels"
         print(note, file=sys.stderr)
         return None
     pointer, number, stride = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    function = library.tlab_hopper_gemm
     function.argtypes = [pointer, stride, pointer, stride, pointer, number, pointer, *[number] * 8, pointer]
-    function.restype = number
-    return function
+    function.restype = library.tlab_hopper_clusters.restype = number
+    library.tlab_hopper_clusters.argtypes = [number]
+    return library
 
 
 def runs_hopper_gemm(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -130,9 +150,9 @@ def hopper_gemm(x, weight, *, residual=None, silu=False, plan: Plan | None = Non
     """
     rows, features = x.shape
     outputs = weight.shape[0] // 2 if silu else weight.shape[0]
-    plan = plan or choose_plan(rows, outputs, features, silu, num_sms(x.device))
+    plan = plan or choose_plan(rows, outputs, features, silu, clusters_at_once(x.device))
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    error = build()(
+    error = build().tlab_hopper_gemm(
         x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0),
         None if residual is None else residual.data_ptr(), 0 if residual is None else residual.stride(0),
         out.data_ptr(), out.stride(0), rows, outputs, features, silu, plan.columns, plan.sharers, plan.parts,

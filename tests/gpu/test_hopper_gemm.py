@@ -11,8 +11,7 @@ import random
 import pytest
 import torch
 
-from common.kernels.hopper_gemm import choose_plan, hopper_gemm, plans_of, runs_hopper_gemm
-from common.kernels.runtime import num_sms
+from common.kernels.hopper_gemm import build, choose_plan, clusters_at_once, hopper_gemm, plans_of, runs_hopper_gemm
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 pytestmark = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
@@ -20,6 +19,12 @@ pytestmark = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 # tile
 SHAPES = [(1, 64, 512), (33, 1000, 4096), (64, 6144, 4096), (65, 264, 520), (128, 4096, 4096), (130, 40008, 136),
           (192, 4096, 1024), (200, 1544, 72), (256, 6144, 4096), (256, 30000, 128)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def clusters():
+    assert build() is not None, "it could not be built: see the note on stderr"
+    return clusters_at_once(torch.device("cuda", 0))
 
 
 def check(rows, outputs, features, silu, plan, *, add):
@@ -42,19 +47,19 @@ def check(rows, outputs, features, silu, plan, *, add):
 
 
 @pytest.mark.parametrize("rows, outputs, features", SHAPES)
-def test_every_plan(rows, outputs, features):
-    for plan in plans_of(rows, outputs, features, False, num_sms(torch.device("cuda"))):
+def test_every_plan(rows, outputs, features, clusters):
+    for plan in plans_of(rows, outputs, features, False, clusters):
         check(rows, outputs, features, False, plan, add=plan.sharers % 2 == 0)
-    for plan in plans_of(rows, outputs, features, True, num_sms(torch.device("cuda"))):
+    for plan in plans_of(rows, outputs, features, True, clusters):
         check(rows, outputs, features, True, plan, add=False)
 
 
-def test_random_shapes_by_its_own_choice():
+def test_random_shapes_by_its_own_choice(clusters):
     rng = random.Random(0)
     for _ in range(40):
         rows, outputs, features = rng.randint(1, 256), 8 * rng.randint(1, 2000), 8 * rng.randint(8, 600)
         silu = rng.random() < 0.3
-        plan = choose_plan(rows, outputs, features, silu, num_sms(torch.device("cuda")))
+        plan = choose_plan(rows, outputs, features, silu, clusters)
         check(rows, outputs, features, silu, plan, add=not silu and rng.random() < 0.5)
 
 

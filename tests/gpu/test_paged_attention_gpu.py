@@ -25,7 +25,8 @@ needs_flashinfer = pytest.mark.skipif(
 )
 BACKENDS = ["torch", "triton", pytest.param("flashinfer", marks=needs_flashinfer)]
 # Of the output's norm; attention averages values, so the rounding of the inputs is most of it.
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+# float32: 4e-5 was seen over 5,000 tokens, where TF32 would give 1e-3.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
 class Bench:

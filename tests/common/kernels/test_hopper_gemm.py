@@ -15,7 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.kernels import hopper_gemm
-from common.kernels.hopper_gemm import BLOCK_K, COLUMNS, COLUMNS_SILU, Plan, choose_plan, plans_of, predicted_us
+from common.kernels.hopper_gemm import (
+    BLOCK_K,
+    CLUSTER_SIZES,
+    COLUMNS,
+    COLUMNS_SILU,
+    H200_CLUSTERS,
+    Plan,
+    choose_plan,
+    plans_of,
+    predicted_us,
+)
 
 
 def compiled_tiles():
@@ -36,27 +46,35 @@ def test_the_table_is_what_the_source_compiles():
     assert f"BLOCK_K = {BLOCK_K};" in hopper_gemm.SOURCE.read_text()
 
 
-@given(st.integers(1, 256), st.integers(1, 20000), st.integers(1, 2000), st.booleans(), st.sampled_from([78, 114, 132]))
-def test_every_plan_can_be_launched(rows, outputs, features, silu, sms):
+@given(
+    st.integers(1, 256),
+    st.integers(1, 20000),
+    st.integers(1, 2000),
+    st.booleans(),
+    st.sampled_from([H200_CLUSTERS, (114, 57, 35, 26, 16, 0)]),
+)
+def test_every_plan_can_be_launched(rows, outputs, features, silu, clusters):
     outputs, features = 8 * outputs, 8 * features
-    plans = plans_of(rows, outputs, features, silu, sms)
-    assert choose_plan(rows, outputs, features, silu, sms) in plans
+    plans = plans_of(rows, outputs, features, silu, clusters)
+    assert choose_plan(rows, outputs, features, silu, clusters) in plans
     for plan in plans:
         size = plan.sharers * plan.parts
-        assert size <= 8
+        assert size in CLUSTER_SIZES
         blocks = -(-features // BLOCK_K)
         cuts = [blocks * part // plan.parts for part in range(plan.parts + 1)]
         assert all(a < b for a, b in zip(cuts, cuts[1:])), "a part of K without a block"
         tiles = -(-outputs // (plan.columns // 2 if silu else plan.columns))
         if plan.parts > 1:  # one tile a cluster: they must all be there at once, and none may have a second
-            assert -(-tiles // plan.sharers) * size <= sms and not silu
+            assert -(-tiles // plan.sharers) <= clusters[CLUSTER_SIZES.index(size)] and not silu
 
 
 def test_the_prediction_knows_what_sharing_saves():
     """256 rows for a wide weight: x from L2 once a block is what limits; shared by two it is half of that."""
-    alone, shared = (predicted_us(256, 14336, 4096, True, Plan(112, s, 1), 132) for s in (1, 2))
+    alone, shared = (predicted_us(256, 14336, 4096, True, Plan(112, s, 1), H200_CLUSTERS) for s in (1, 2))
     assert alone > 1.3 * shared
-    assert predicted_us(256, 14336, 4096, True, Plan(112, 4, 4), 132) == float("inf")  # 16 blocks are no cluster
+    assert predicted_us(256, 14336, 4096, True, Plan(112, 4, 4), H200_CLUSTERS) == float(
+        "inf"
+    )  # 16 blocks are no cluster
 
 
 @pytest.mark.slow
