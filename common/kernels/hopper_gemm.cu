@@ -7,8 +7,8 @@
 // memory of all of them (multicast). Where W has too few rows to occupy every multiprocessor, the blocks of a cluster
 // also divide K, and add their parts through each other's shared memory.
 //
-// One warpgroup asks for tiles (TMA, a ring of STAGES buffers with a full and an empty barrier each); the others
-// multiply them (wgmma: x is the operand of 64 rows, W that of N columns) and keep the sums in registers.
+// The last warp asks for tiles (TMA, a ring of STAGES buffers with a full and an empty barrier each); the warpgroups
+// before it multiply them (wgmma: x is the operand of 64 rows, W that of N columns) and keep the sums in registers.
 // Blocks are persistent: while one tile is stored, the next one is on its way.
 //
 // Built by common/kernels/hopper_gemm.py; `tests/gpu/test_hopper_gemm.py` holds it against float64.
@@ -27,6 +27,7 @@ namespace {
 constexpr int BLOCK_K = 64;           // 64 bfloat16 are the 128 bytes that one row of a swizzled tile holds
 constexpr int ROW_BYTES = 2 * BLOCK_K;
 constexpr int SHARED_BYTES = 232448;  // what a block may have on compute capability 9.0
+constexpr int HALF_BYTES = 115712;    // what each of two blocks on a multiprocessor may have
 constexpr int BARRIER_BYTES = 256;    // room for 2 x 16 barriers
 constexpr int ALIGNMENT = 1024;       // the swizzle's pattern repeats every 8 rows of 128 bytes
 
@@ -38,10 +39,14 @@ template <int WM_, int WN_, int MI_, int NW_, bool SILU_> struct Tile {
     static constexpr bool SILU = SILU_;
     static constexpr int ROWS = 64 * WM * MI, COLUMNS = NW * WN;
     static constexpr int X_BYTES = ROWS * ROW_BYTES, W_BYTES = COLUMNS * ROW_BYTES;
-    static constexpr int ROOM = (SHARED_BYTES - ALIGNMENT - BARRIER_BYTES) / (X_BYTES + W_BYTES);
+    static constexpr int CONSUMERS = WM * WN, THREADS = 128 * CONSUMERS + 32;
+    // A tile that takes at most half of a multiprocessor leaves room for the next kernel's: its weights are on their
+    // way while this kernel still computes (programmatic dependent launch).
+    static constexpr bool SMALL =
+        CONSUMERS == 2 && MI * NW / 2 <= 56 && 3 * (X_BYTES + W_BYTES) <= HALF_BYTES - ALIGNMENT - BARRIER_BYTES;
+    static constexpr int BYTES = SMALL ? HALF_BYTES : SHARED_BYTES, PER_MULTIPROCESSOR = SMALL ? 2 : 1;
+    static constexpr int ROOM = (BYTES - ALIGNMENT - BARRIER_BYTES) / (X_BYTES + W_BYTES);
     static constexpr int STAGES = ROOM < 8 ? ROOM : 8;
-    static constexpr int CONSUMERS = WM * WN, THREADS = 128 * (CONSUMERS + 1);
-    static constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 152;
     // Sums of a tile as float32, in the memory of the ring once it is empty; 8 floats more keep banks apart.
     static constexpr int SUM_STRIDE = COLUMNS + 8;
     static_assert(STAGES >= 3 && ROWS * SUM_STRIDE * 4 <= STAGES * (X_BYTES + W_BYTES));
@@ -138,7 +143,7 @@ __device__ void produce(const CUtensorMap *x_map, const CUtensorMap *w_map, cons
 template <class S>
 __device__ void multiply(float (&sums)[S::MI][S::NW / 2], const Arguments &a, const Place &place, Ring &ring,
                          uint32_t buffers, uint32_t full, uint32_t empty) {
-    const int group = threadIdx.x / 128 - 1, below = group % S::WM, beside = group / S::WM;
+    const int group = threadIdx.x / 128, below = group % S::WM, beside = group / S::WM;
     const int thread = threadIdx.x % 128;
     int previous = -1;
     auto give_back = [&](int stage) {
@@ -180,7 +185,7 @@ __device__ void store_pair(const Arguments &a, int row, int column, float first,
 
 // A thread's sums of one block of 64 rows: row = 16 warp + lane / 4 (+ 8), columns 8 j + 2 (lane % 4) and the next.
 template <class S> __device__ void store_tile(const float (&sums)[S::MI][S::NW / 2], const Arguments &a, int tile) {
-    const int group = threadIdx.x / 128 - 1, below = group % S::WM, beside = group / S::WM;
+    const int group = threadIdx.x / 128, below = group % S::WM, beside = group / S::WM;
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     constexpr int NW = S::SILU ? S::NW / 2 : S::NW;  // outputs of a warpgroup
     const int first_column = (tile * S::WN + beside) * NW + 2 * (lane % 4);
@@ -203,7 +208,7 @@ template <class S> __device__ void store_tile(const float (&sums)[S::MI][S::NW /
 
 // A thread's sums, as store_tile has them, into this block's shared memory: [ROWS, SUM_STRIDE].
 template <class S> __device__ void keep_sums(const float (&sums)[S::MI][S::NW / 2], float *kept) {
-    const int group = threadIdx.x / 128 - 1, below = group % S::WM, beside = group / S::WM;
+    const int group = threadIdx.x / 128, below = group % S::WM, beside = group / S::WM;
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
 #pragma unroll
     for (int m = 0; m < S::MI; ++m)
@@ -220,7 +225,7 @@ template <class S> __device__ void keep_sums(const float (&sums)[S::MI][S::NW / 
 
 // Adds the parts of K, in the order of the parts: each block takes its share of the rows and reads it from all of them.
 template <class S> __device__ void add_parts(const Arguments &a, const Place &place, const float *kept, int tile) {
-    const int thread = threadIdx.x - 128, share = (a.rows + a.parts - 1) / a.parts;
+    const int thread = threadIdx.x, share = (a.rows + a.parts - 1) / a.parts;
     const int first = place.part * share, last = min(a.rows, first + share);
     const uint32_t base = shared_address(kept);
     constexpr int QUADS = S::COLUMNS / 4;
@@ -238,7 +243,7 @@ template <class S> __device__ void add_parts(const Arguments &a, const Place &pl
 }
 
 template <class S>
-__global__ void __launch_bounds__(S::THREADS, 1)
+__global__ void __launch_bounds__(S::THREADS, S::PER_MULTIPROCESSOR)
     hopper_gemm(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
                 const __grid_constant__ Arguments a) {
     extern __shared__ uint8_t raw[];
@@ -255,13 +260,11 @@ __global__ void __launch_bounds__(S::THREADS, 1)
     }
     meet_cluster();  // no block may write to another whose barriers are not yet there
 
-    if (threadIdx.x < 128) {
-        give_up_registers<S::PRODUCER_REGISTERS>();
-        if (threadIdx.x == 0) produce<S>(&x_map, &w_map, a, buffers, full, empty);
+    if (threadIdx.x >= 128 * S::CONSUMERS) {
+        if (threadIdx.x == 128 * S::CONSUMERS) produce<S>(&x_map, &w_map, a, buffers, full, empty);
         __syncwarp();
         if (a.parts > 1) sync_cluster();
     } else {
-        take_registers<S::CONSUMER_REGISTERS>();
         constexpr int OUTPUTS = S::SILU ? S::COLUMNS / 2 : S::COLUMNS;
         const Place place(a, OUTPUTS);
         wait_for_earlier_kernels();  // the residual is another kernel's, and so may `out` be
@@ -317,7 +320,7 @@ template <class S> cudaError_t count_clusters(const cudaLaunchConfig_t &config, 
     static int known[9] = {};
     if (!known[size]) {
         const auto kernel = hopper_gemm<S>;
-        cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
+        cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::BYTES);
         if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&known[size], kernel, &config);
         if (error != cudaSuccess) return error;
     }
@@ -346,7 +349,7 @@ int launch(const void *x, int64_t x_stride, const void *w, int64_t w_stride, con
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.blockDim = dim3(S::THREADS);
-    config.dynamicSmemBytes = SHARED_BYTES;
+    config.dynamicSmemBytes = S::BYTES;
     config.stream = stream;
     config.attrs = attributes;
     config.numAttrs = 1;
@@ -396,28 +399,28 @@ extern "C" int tlab_hopper_gemm(const void *x, int64_t x_stride, const void *w, 
     TRY(128, 2, 1, 1, 112, false)
     TRY(128, 2, 1, 1, 96, false)
     TRY(192, 3, 1, 1, 112, true)
-    TRY(192, 3, 1, 1, 192, false)
     TRY(192, 3, 1, 1, 128, false)
     TRY(192, 3, 1, 1, 112, false)
     TRY(192, 3, 1, 1, 96, false)
     TRY(256, 2, 1, 2, 112, true)
-    TRY(256, 2, 1, 2, 128, false)
     TRY(256, 2, 1, 2, 112, false)
     TRY(256, 2, 1, 2, 96, false)
 #undef TRY
     return cudaErrorInvalidValue;
 }
 
-// How many clusters of `size` blocks run at once on the current device; 0 where it cannot be told.
+// How many clusters of `size` blocks run at once on the current device, a block a multiprocessor; 0 where it cannot be
+// told.
 extern "C" int tlab_hopper_clusters(int size) {
-    using S = Tile<1, 2, 1, 128, false>;
+    using S = Tile<2, 1, 1, 256, false>;
+    static_assert(!S::SMALL);
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {unsigned(size), 1, 1};
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(unsigned(size));
     config.blockDim = dim3(S::THREADS);
-    config.dynamicSmemBytes = SHARED_BYTES;
+    config.dynamicSmemBytes = S::BYTES;
     config.attrs = &attribute;
     config.numAttrs = 1;
     int count = 0;

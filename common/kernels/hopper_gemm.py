@@ -26,22 +26,25 @@ BLOCK_K = 64  # features of a step, as in the source
 COLUMNS = {
     64: (64, 96, 128, 192, 256),
     128: (96, 112, 128, 192, 256),
-    192: (96, 112, 128, 192),
-    256: (96, 112, 128),
+    192: (96, 112, 128),
+    256: (96, 112),
 }
 COLUMNS_SILU = {64: (224,), 128: (224,), 192: (112,), 256: (112,)}
 CLUSTER_SIZES = (1, 2, 3, 4, 6, 8)
 # How many clusters of each size run at once on an H200, whose 132 multiprocessors stand in groups of 16 and 18.
 H200_CLUSTERS = (132, 66, 42, 31, 20, 14)
 
-# One H200 at the clock it keeps, for choosing alone: what a multiprocessor computes and takes in a microsecond, what L2
-# and the memory give to all of them, and what a launch and a sum over a cluster cost at least.
-FLOPS_PER_SM_US = 5.4e6
-BYTES_PER_SM_US = 1.0e5
-L2_BYTES_US = 5.5e6
-MEMORY_BYTES_US = 4.5e6
-REMOTE_BYTES_PER_SM_US = 4.0e4
-SUM_US = 1.5
+# What choosing needs of the machine, fitted to the times of all plans at Llama-3-8B's sizes on one H200 (the choice
+# costs 0.6 % against the best plan there): what a multiprocessor computes and takes in a microsecond, what L2 and the
+# memory give to all of them; what a launch, a step of K and a sum over a cluster cost at least.
+FLOPS_PER_SM_US = 7.0e6
+BYTES_PER_SM_US = 2.05e5
+L2_BYTES_US = 6.87e6
+MEMORY_BYTES_US = 4.1e6
+REMOTE_BYTES_PER_SM_US = 2.3e4
+LAUNCH_US = 2.33
+STEP_US = 0.03
+SUM_US = 0.29
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def predicted_us(rows: int, outputs: int, features: int, silu: bool, plan: Plan,
     given = 2 * (rows / plan.sharers + plan.columns) * share * blocks / L2_BYTES_US
     read = 2 * plan.columns * share * blocks / MEMORY_BYTES_US
     summed = SUM_US + 4 * rows * plan.columns / REMOTE_BYTES_PER_SM_US if plan.parts > 1 else 0.0
-    return -(-groups // at_once) * max(computed, taken, given, read) + summed
+    wave = max(computed, taken, given, read) + STEP_US * share / BLOCK_K
+    return LAUNCH_US + -(-groups // at_once) * wave + summed
 
 
 def plans_of(rows: int, outputs: int, features: int, silu: bool, clusters: tuple[int, ...]) -> list[Plan]:

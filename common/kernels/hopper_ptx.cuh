@@ -100,14 +100,6 @@ __device__ inline float4 read_remote(uint32_t address, int rank) {
 // The first `THREADS` threads that come here wait for each other: a part of the block, at a barrier of its own.
 template <int THREADS> __device__ void sync_threads_of() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
 
-// A warpgroup's registers a thread from here on.
-template <int COUNT> __device__ void give_up_registers() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
-}
-template <int COUNT> __device__ void take_registers() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
-}
-
 // Programmatic dependent launch: the next kernel may begin; all that earlier kernels wrote is there.
 __device__ inline void let_dependents_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ inline void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }

@@ -2,8 +2,8 @@
 
 The plain version of each is the paper's line. On a CPU in float32 the weight is kept in the block layout that oneDNN
 computes with, made once at load: `F.linear` would reorder it again at every call, which at one row costs more than the
-product itself. On a GPU a decode step's few rows take our own kernels (matvec.py, small_gemm.py), with their
-neighbours fused; `choose` is the one place where that is decided.
+product itself. On a GPU a decode step's few rows take our own kernels (matvec.py, small_gemm.py, hopper_gemm.py), with
+their neighbours fused; `choose` is the one place where that is decided.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from common.kernels.argmax import argmax, argmax_reference
+from common.kernels.hopper_gemm import hopper_gemm, runs_hopper_gemm
 from common.kernels.matvec import MAX_IN_FEATURES, matvec
 from common.kernels.rms_norm import Norm, rms_norm
 from common.kernels.runtime import Kernels, runs_triton
@@ -25,8 +26,16 @@ if TYPE_CHECKING:
 
 # oneDNN chooses the block layout for this many rows; measured, 32 serves 1 row and 512 rows alike.
 PACK_ROWS = 32
-# Up to how many rows small_gemm beats cuBLAS with its neighbours unfused: measured on an H200 (docs/performance.md).
-MOST_ROWS = {"norm_linear": 32, "linear_add": 64, "norm_gate_up_silu": 64, "linear_float32": 64}
+# Up to how many rows small_gemm, and from FIRST_HOPPER_ROWS on hopper_gemm, beat cuBLAS with its neighbours unfused:
+# measured on an H200 (docs/performance.md).
+MOST_ROWS = {
+    "norm_linear": {"small_gemm": 32, "hopper_gemm": 192},
+    "linear_add": {"small_gemm": 64, "hopper_gemm": 192},
+    "norm_gate_up_silu": {"small_gemm": 64, "hopper_gemm": 256},
+    "linear_float32": {"small_gemm": 64, "hopper_gemm": 0},
+}
+FIRST_HOPPER_ROWS = 33
+GEMMS = {"small_gemm": small_gemm, "hopper_gemm": hopper_gemm}
 
 
 def _can_prepack(weight: torch.Tensor) -> bool:
@@ -106,28 +115,33 @@ class SplitHead(Linear):
         return self.ranks.gather_columns(part, self.total_rows)
 
 
-def choose(x: torch.Tensor, linear: Linear, most_rows: int) -> str:
-    """Which product runs: "matvec" (one row), "small_gemm" (up to most_rows, on Hopper) or "library"."""
+def choose(x: torch.Tensor, linear: Linear, operation: str) -> str:
+    """Which product runs in an operation of MOST_ROWS: "matvec" (one row), "small_gemm" or "hopper_gemm" (up to that
+    many rows, on Hopper) or "library".
+    """
     if linear.is_prepacked or linear.kernels is not Kernels.ALL or not runs_triton(x):
         return "library"
-    if len(x) == 1 and linear.in_features <= MAX_IN_FEATURES:
+    rows, most = len(x), MOST_ROWS[operation]
+    if rows == 1 and linear.in_features <= MAX_IN_FEATURES:
         return "matvec"
-    return "small_gemm" if 1 < len(x) <= most_rows and small_gemm_pays(x) else "library"
+    if FIRST_HOPPER_ROWS <= rows <= most["hopper_gemm"] and runs_hopper_gemm(x, linear.weight):
+        return "hopper_gemm"
+    return "small_gemm" if 1 < rows <= most["small_gemm"] and small_gemm_pays(x) else "library"
 
 
 def norm_linear(x: torch.Tensor, norm: Norm, linear: Linear) -> torch.Tensor:
     """rms_norm(x) W^T: [T, D] -> [T, out]."""
-    kernel = choose(x, linear, MOST_ROWS["norm_linear"])
+    kernel = choose(x, linear, "norm_linear")
     if kernel == "matvec":
         return matvec(x, linear.weight, norm_weight=norm.weight, eps=norm.eps)
     x = rms_norm(x, norm)
-    return small_gemm(x, linear.weight) if kernel == "small_gemm" else linear(x)
+    return linear(x) if kernel == "library" else GEMMS[kernel](x, linear.weight)
 
 
 def linear_add(a: torch.Tensor, linear: Linear, x: torch.Tensor) -> torch.Tensor:
     """x + a W^T: [T, in], [T, D] -> [T, D], perhaps in x's memory; summed over the ranks where the input is split."""
-    kernel = choose(a, linear, MOST_ROWS["linear_add"])
-    product = {"matvec": matvec, "small_gemm": small_gemm}.get(kernel)
+    kernel = choose(a, linear, "linear_add")
+    product = matvec if kernel == "matvec" else GEMMS.get(kernel)
     if linear.group is None:
         return product(a, linear.weight, residual=x) if product else linear.plus(a, x)
     return linear.group.all_reduce(product(a, linear.weight) if product else linear(a)).add_(x)
@@ -135,12 +149,12 @@ def linear_add(a: torch.Tensor, linear: Linear, x: torch.Tensor) -> torch.Tensor
 
 def norm_gate_up_silu(x: torch.Tensor, norm: Norm, gate_up: Linear) -> torch.Tensor:
     """silu(g) * u with g, u = rms_norm(x) [W_gate; W_up]^T: [T, D] -> [T, F]."""
-    kernel = choose(x, gate_up, MOST_ROWS["norm_gate_up_silu"])
+    kernel = choose(x, gate_up, "norm_gate_up_silu")
     if kernel == "matvec":
         return matvec(x, gate_up.weight, norm_weight=norm.weight, eps=norm.eps, silu=True)
     x = rms_norm(x, norm)
-    if kernel == "small_gemm":
-        return small_gemm(x, gate_up.weight, silu=True)
+    if kernel in GEMMS:
+        return GEMMS[kernel](x, gate_up.weight, silu=True)
     return (silu_mul_reference if gate_up.kernels is Kernels.PLAIN else silu_mul)(gate_up(x))
 
 
@@ -158,7 +172,7 @@ def greedy_ids(x: torch.Tensor, linear: Linear) -> torch.Tensor:
 
 def head_product(x: torch.Tensor, linear: Linear) -> torch.Tensor:
     """x W^T in float32 by our kernels or in x's dtype by the library, gathered where ranks hold parts of it."""
-    kernel = choose(x, linear, MOST_ROWS["linear_float32"])
+    kernel = choose(x, linear, "linear_float32")
     if kernel == "library":
         product = linear(x)
     else:

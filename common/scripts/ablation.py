@@ -154,7 +154,8 @@ def ladder(model: Llama, backend: Backend, make_engine: Callable[..., Any], batc
 def own_products(model: Llama, batch_size: int) -> bool:
     """Whether a decode step of `batch_size` rows takes products of our own on this device."""
     x = model.embed_tokens
-    return runs_triton(x) and (batch_size == 1 or (batch_size <= max(MOST_ROWS.values()) and small_gemm_pays(x)))
+    most_rows = max(max(kernels.values()) for kernels in MOST_ROWS.values())
+    return runs_triton(x) and (batch_size == 1 or (batch_size <= most_rows and small_gemm_pays(x)))
 
 
 def _check_memory(model: Llama) -> None:

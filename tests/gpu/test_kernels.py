@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from common.kernels import matvec, paged_decode, paged_prefill, rms_norm, rope_append, silu_mul, small_gemm
-from common.kernels.linear import Linear, choose, linear_add, linear_float32, norm_gate_up_silu, norm_linear
+from common.kernels.hopper_gemm import runs_hopper_gemm
+from common.kernels.linear import (
+    FIRST_HOPPER_ROWS,
+    MOST_ROWS,
+    Linear,
+    choose,
+    linear_add,
+    linear_float32,
+    norm_gate_up_silu,
+    norm_linear,
+)
 from common.kernels.rms_norm import Norm
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -124,12 +134,16 @@ def test_named_operations_agree_whatever_runs(dtype, rows):
     logits = linear_float32(x, qkv)
     assert logits.dtype == torch.float32
     close(logits.to(dtype), x64 @ weights[0].T, dtype)
+    small, hopper = MOST_ROWS["norm_linear"].values()
     if rows == 1:
-        assert choose(x, qkv, 0) == "matvec"
-    elif torch.cuda.get_device_capability() >= (9, 0) and dtype != torch.float32:
-        assert choose(x, qkv, rows) == "small_gemm" and choose(x, qkv, rows - 1) == "library"
+        want = "matvec"
+    elif dtype == torch.bfloat16 and FIRST_HOPPER_ROWS <= rows <= hopper and runs_hopper_gemm(x, qkv.weight):
+        want = "hopper_gemm"
+    elif torch.cuda.get_device_capability() >= (9, 0) and dtype != torch.float32 and rows <= small:
+        want = "small_gemm"
     else:
-        assert choose(x, qkv, rows) == "library"
+        want = "library"
+    assert choose(x, qkv, "norm_linear") == want
 
 
 class Paged:
