@@ -138,8 +138,8 @@ def test_hugging_face_s_tokens(model, hugging_face_s, backend, page_size, graphs
 
 @pytest.mark.parametrize("backend", ["triton", pytest.param("flashinfer", marks=needs_flashinfer)])
 def test_a_thousand_overlapped_steps_against_the_synchronous_path(model, half_model, backend):
-    """Each step launched before the one before it is read, graphs on; against waiting for every step. The same rows stand
-    together in both, so the tokens are the same to the last bit of the logits, in bfloat16 too.
+    """Each step launched before the one before it is read, graphs on; against waiting for every step. The same rows
+    stand together in both, so the tokens are the same to the last bit of the logits, in bfloat16 too.
     """
     model = half_model if backend == "flashinfer" else model
     prompts = random_prompts(model, 90, 300, 1)
