@@ -102,8 +102,8 @@ def test_what_each_rung_is_handed(pretend_gpu, monkeypatch):
     assert [isinstance(linear, UnfusedLinear) for linear in qkvs] == [True, True, False, False]
     assert [linear.kernels for linear in qkvs] == [Kernels.PLAIN] * 3 + [Kernels.FUSED]
     assert made == [(Kernels.FUSED, False), (Kernels.FUSED, True), (Kernels.ALL, True)]
-    at_100 = [rung.technique for rung in ablation.ladder(model, triton, make_engine, 100)]
-    assert at_100 == ON_GPU  # so many rows take the library's products: no bar that would be the one before again
+    at_300 = [rung.technique for rung in ablation.ladder(model, triton, make_engine, 300)]
+    assert at_300 == ON_GPU  # so many rows take the library's products: no bar that would be the one before again
     gathered = [rung.technique for rung in ablation.ladder(model, torch_only, make_engine, 1)]
     assert gathered == [*ON_GPU[:4], "pages, gathered by torch", "matrix-vector kernels"]
 
