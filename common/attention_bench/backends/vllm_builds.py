@@ -140,10 +140,7 @@ class VllmFlashAttn3(VllmFlashAttn):
             if isinstance(case, DecodeCase):
                 values = {"q": x.q[:, None], "k": x.pages[:, 0], "v": x.pages[:, 1], "is_causal": False}
                 values |= {"seqused_k": case.lengths, "page_table|block_table": case.page_table} | longest
-            elif case.seq_len is not None:
-                q, k, v = (t.view(case.batch, case.seq_len, *t.shape[1:]) for t in (x.q, x.k, x.v))
-                values = {"q": q, "k": k, "v": v, "is_causal": True}
-            else:
+            else:  # packed, though all are as long: vLLM's build has no other kernels
                 values = {"q": x.q, "k": x.k, "v": x.v, "is_causal": True, "max_seqlen_q": max(case.q_lens)}
                 values |= {"cu_seqlens_q": case.cu_q, "cu_seqlens_k": case.cu_kv} | longest
             arguments = bind_operator(op, scale | values)
