@@ -27,7 +27,6 @@ namespace {
 constexpr int BLOCK_K = 64;           // 64 bfloat16 are the 128 bytes that one row of a swizzled tile holds
 constexpr int ROW_BYTES = 2 * BLOCK_K;
 constexpr int SHARED_BYTES = 232448;  // what a block may have on compute capability 9.0
-constexpr int HALF_BYTES = 115712;    // what each of two blocks on a multiprocessor may have
 constexpr int BARRIER_BYTES = 256;    // room for 2 x 16 barriers
 constexpr int ALIGNMENT = 1024;       // the swizzle's pattern repeats every 8 rows of 128 bytes
 
@@ -40,12 +39,7 @@ template <int WM_, int WN_, int MI_, int NW_, bool SILU_> struct Tile {
     static constexpr int ROWS = 64 * WM * MI, COLUMNS = NW * WN;
     static constexpr int X_BYTES = ROWS * ROW_BYTES, W_BYTES = COLUMNS * ROW_BYTES;
     static constexpr int CONSUMERS = WM * WN, THREADS = 128 * CONSUMERS + 32;
-    // A tile that takes at most half of a multiprocessor leaves room for the next kernel's: its weights are on their
-    // way while this kernel still computes (programmatic dependent launch).
-    static constexpr bool SMALL =
-        CONSUMERS == 2 && MI * NW / 2 <= 56 && 3 * (X_BYTES + W_BYTES) <= HALF_BYTES - ALIGNMENT - BARRIER_BYTES;
-    static constexpr int BYTES = SMALL ? HALF_BYTES : SHARED_BYTES, PER_MULTIPROCESSOR = SMALL ? 2 : 1;
-    static constexpr int ROOM = (BYTES - ALIGNMENT - BARRIER_BYTES) / (X_BYTES + W_BYTES);
+    static constexpr int ROOM = (SHARED_BYTES - ALIGNMENT - BARRIER_BYTES) / (X_BYTES + W_BYTES);
     static constexpr int STAGES = ROOM < 8 ? ROOM : 8;
     // Sums of a tile as float32, in the memory of the ring once it is empty; 8 floats more keep banks apart.
     static constexpr int SUM_STRIDE = COLUMNS + 8;
@@ -243,7 +237,7 @@ template <class S> __device__ void add_parts(const Arguments &a, const Place &pl
 }
 
 template <class S>
-__global__ void __launch_bounds__(S::THREADS, S::PER_MULTIPROCESSOR)
+__global__ void __launch_bounds__(S::THREADS, 1)
     hopper_gemm(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
                 const __grid_constant__ Arguments a) {
     extern __shared__ uint8_t raw[];
@@ -320,7 +314,7 @@ template <class S> cudaError_t count_clusters(const cudaLaunchConfig_t &config, 
     static int known[9] = {};
     if (!known[size]) {
         const auto kernel = hopper_gemm<S>;
-        cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::BYTES);
+        cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
         if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&known[size], kernel, &config);
         if (error != cudaSuccess) return error;
     }
@@ -349,7 +343,7 @@ int launch(const void *x, int64_t x_stride, const void *w, int64_t w_stride, con
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.blockDim = dim3(S::THREADS);
-    config.dynamicSmemBytes = S::BYTES;
+    config.dynamicSmemBytes = SHARED_BYTES;
     config.stream = stream;
     config.attrs = attributes;
     config.numAttrs = 1;
@@ -409,18 +403,16 @@ extern "C" int tlab_hopper_gemm(const void *x, int64_t x_stride, const void *w, 
     return cudaErrorInvalidValue;
 }
 
-// How many clusters of `size` blocks run at once on the current device, a block a multiprocessor; 0 where it cannot be
-// told.
+// How many clusters of `size` blocks run at once on the current device; 0 where it cannot be told.
 extern "C" int tlab_hopper_clusters(int size) {
-    using S = Tile<2, 1, 1, 256, false>;
-    static_assert(!S::SMALL);
+    using S = Tile<1, 2, 1, 128, false>;
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {unsigned(size), 1, 1};
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(unsigned(size));
     config.blockDim = dim3(S::THREADS);
-    config.dynamicSmemBytes = S::BYTES;
+    config.dynamicSmemBytes = SHARED_BYTES;
     config.attrs = &attribute;
     config.numAttrs = 1;
     int count = 0;

@@ -29,7 +29,7 @@ PACK_ROWS = 32
 # Up to how many rows small_gemm, and from FIRST_HOPPER_ROWS on hopper_gemm, beat cuBLAS with its neighbours unfused:
 # measured on an H200 (docs/performance.md).
 MOST_ROWS = {
-    "norm_linear": {"small_gemm": 32, "hopper_gemm": 192},
+    "norm_linear": {"small_gemm": 32, "hopper_gemm": 64},
     "linear_add": {"small_gemm": 64, "hopper_gemm": 192},
     "norm_gate_up_silu": {"small_gemm": 64, "hopper_gemm": 256},
     "linear_float32": {"small_gemm": 64, "hopper_gemm": 0},

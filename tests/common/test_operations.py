@@ -9,6 +9,7 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from common.attention import Prefill
 from common.kernels import argmax as argmax_file
@@ -51,17 +52,17 @@ def test_every_way_gives_the_same_logits(kernels, fused, lively):
 
 def test_what_is_apart_is_multiplied_apart(lively, monkeypatch):
     model, _ = lively
-    other, products, mm = with_kernels(model, Kernels.PLAIN, fused_weights=False), [], torch.mm
+    other, products, product = with_kernels(model, Kernels.PLAIN, fused_weights=False), [], F.linear
 
-    def counted(x, weight, **out):
-        products.append(weight.shape[1])
-        return mm(x, weight, **out)
+    def counted(x, weight):
+        products.append(len(weight))
+        return product(x, weight)
 
-    monkeypatch.setattr(torch, "mm", counted)
+    monkeypatch.setattr(F, "linear", counted)
     logits(other, [5, 6, 7])
     c = model.config
-    layer = [c.q_size, c.kv_size, c.kv_size, c.intermediate_size, c.intermediate_size]
-    assert products == layer * c.num_hidden_layers
+    layer = [c.q_size, c.kv_size, c.kv_size, c.hidden_size, c.intermediate_size, c.intermediate_size, c.hidden_size]
+    assert products == [*(layer * c.num_hidden_layers), c.vocab_size]
 
 
 def test_plain_tensors_are_shared(lively):

@@ -28,7 +28,7 @@ FAKE = r"""
 static bool capturing, refuses = %(refuses)s;
 static std::vector<std::function<void()>> graph;
 static void launch(std::function<void()> f) { if (capturing) graph.push_back(f); else f(); }
-extern "C" void tlab_copy(const float *a, float *b, size_t n) { launch([=] { memcpy(b, a, 4 * n); }); }
+extern "C" void tlab_copy(const float *a, float *b, size_t n, int) { launch([=] { memcpy(b, a, 4 * n); }); }
 extern "C" const char *tlab_error(int) { return "an error"; }
 extern "C" int tlab_synchronize() { return 0; }
 extern "C" int tlab_graph_begin() { capturing = true; graph.clear(); return 0; }
