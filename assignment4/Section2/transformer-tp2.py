@@ -6,16 +6,19 @@ checkpoint. Two products a layer leave partial sums, which an all-reduce adds up
 device. The rules are in common/tensor_parallel/sharding.py, the sums in common/tensor_parallel/collectives.py.
 
 Method: started plainly it first runs transformer-w3l1.py (left out with --skip-reference), then itself as --world
-processes through torch's launcher; `torchrun --nproc-per-node N` works too. The tokens must be those of one device. The
-all-reduces of a step are timed too; the ideal is the step on one device divided by N, plus them. On GPUs: NCCL,
-or one-shot and two-shot all-reduce over symmetric memory, chosen by a measurement at the start (--allreduce); on CPUs
-gloo. Output: results/transformer_tp2.csv (world, batch_size, time_us, tokens_per_s, allreduce_share, memory_bytes and
-bytes_read of the rank with the most, ...), .json, .png. With --prompt it answers instead.
+processes through torch's launcher; `torchrun --nproc-per-node N` works too. In float32 the tokens must be those of one
+device; in every dtype the logits must, as far as its rounding goes (common/tensor_parallel/check.py). The all-reduces
+of a step are timed too; the ideal is the step on one device divided by N, plus them. On GPUs: NCCL, or one-shot and
+two-shot all-reduce over symmetric memory, chosen by a measurement at the start (--allreduce); on CPUs gloo. Output:
+results/transformer_tp2.csv (world, batch_size, time_us, tokens_per_s, allreduce_share, memory_bytes and bytes_read of
+the rank with the most, ...), .json, .png; also where a check fails, which ends with exit code 1. With --prompt it
+answers instead.
 
     python assignment4/Section2/transformer-tp2.py
     torchrun --nproc-per-node 3 assignment4/Section2/transformer-tp2.py --prompt "What is the capital of France?"
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -23,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common import cli
 
-NAME, REFERENCE = "transformer_tp2", "transformer_w3l1"
+NAME = "transformer_tp2"
 # Options that may differ from rank to rank: where and how results are shown, which is rank 0's business.
 OWN_OPTIONS = {"out", "debug", "no_plot", "dump_tokens", "resume", "prompts"}
 
@@ -76,7 +79,7 @@ def run(args, world):
     from common.allreduce.timing import choose_algorithms
     from common.results import ResultFile
     from common.scripts import text_run
-    from common.tensor_parallel import collectives
+    from common.tensor_parallel import check, collectives
     from common.tensor_parallel import experiment as tp_experiment
     from common.tensor_parallel.sharding import shard_of
 
@@ -101,19 +104,24 @@ def run(args, world):
     for line in choose_algorithms(ranks, world, rows, config.hidden_size, insist=args.allreduce == "symm"):
         print(line)
     record = loaded.provenance(prompt_length=args.input_length, n1=n1, n2=n2, world=world.size)
-    reference = world.broadcast(read_reference(out, record) if world.is_first else None)
-    columns = collective_columns(world, ranks, config, reference["rows"])
+    reference = check.read_reference(out, record) if world.is_first else check.Reference()
+    reference = check.share_reference(world, reference)
+    logits = check.LogitCheck(world, reference.saved)
+    columns = collective_columns(world, ranks, config, reference.step_us)
     parallel = tp_experiment.Parallel(world, lambda: ranks.spent_s, columns)
     file, tokens = None, {}
     if world.is_first:
         names, key = (*tp_experiment.COLUMNS, "one_device_us", "speed_up"), ["world", "batch_size"]
         file = ResultFile(out, NAME, names, record, key=key, resume=args.resume)
     with world.interrupts_at_once(args):
-        tp_experiment.measure(loaded, file, tokens, parallel)
-    verdict = check_tokens(exp, tokens, reference["tokens"])
+        tp_experiment.measure(loaded, file, tokens, logits.look, parallel)
+    prompts_of = functools.partial(tp_experiment.prompts_of, exp)
+    verdict = check.judge(exp.model, tokens, prompts_of, reference.tokens, logits.share())
     if world.is_first:
-        file.close(ranks=parts)
+        file.close(ranks=parts, check=verdict)
         finish(exp, file, tokens, verdict)
+    world.barrier()  # a rank that raised now would end rank 0 while it draws
+    verdict.raise_problems()
 
 
 def describe_ranks(world, config, model):
@@ -127,22 +135,6 @@ def describe_ranks(world, config, model):
         parts.append({"rank": rank, **sizes, "bytes_read": bytes_read})
     cli.print_table(parts, list(parts[0]))
     return parts
-
-
-def read_reference(out, record):
-    """{"rows": batch size -> microseconds, "tokens": batch size -> tokens, "problem"} of transformer-w3l1.py here."""
-    from common.results import read_json, read_rows
-
-    other = read_json(out / f"{REFERENCE}.json")
-    nothing = {"rows": {}, "tokens": {}}
-    if other is None or not (out / f"{REFERENCE}.csv").exists():
-        return nothing
-    same = ("model", "dtype", "shapes", "prompt_length", "n1", "n2", "seed")
-    kinds = [str(each["device"]).partition(":")[0] for each in (other, record)]
-    if kinds[0] != kinds[1] or any(other.get(name) != record[name] for name in same):
-        return nothing
-    rows = {str(row["batch_size"]): row["time_us"] for row in read_rows(out / f"{REFERENCE}.csv", ("time_us",))}
-    return {"rows": rows, "tokens": other.get("output_token_ids", {})}
 
 
 def collective_columns(world, ranks, config, one_device_us):
@@ -160,7 +152,7 @@ def collective_columns(world, ranks, config, one_device_us):
         if world.device.type == "cuda" and world.size > 1:
             each_s = time_in_graph(world, ranks.all_reduce, x, repeats=10).median_s
             all_reduce_s = 2 * config.num_hidden_layers * each_s
-        one = one_device_us.get(str(batch_size))
+        one = one_device_us.get(batch_size)
         return {
             "allreduce_share": all_reduce_s / step_s,
             "allreduce_us": 1e6 * all_reduce_s,
@@ -172,26 +164,14 @@ def collective_columns(world, ranks, config, one_device_us):
     return columns
 
 
-def check_tokens(exp, tokens, expected):
-    """Compare with one device's tokens; all ranks together, since a difference is judged by running the model."""
-    from common.equality import require_equal
-    from common.tensor_parallel.experiment import prompts_of
-
-    verdicts = []
-    for batch_size, rows in tokens.items():
-        if want := expected.get(str(batch_size)):
-            what = f"batch {batch_size} against one device"
-            verdicts.append(require_equal(exp.model, prompts_of(exp, batch_size), want, rows, what))
-    return "; ".join(verdicts) or "no tokens of one device to compare with; run transformer-w3l1.py on the same sizes"
-
-
 def finish(exp, file, tokens, verdict):
     from common.tensor_parallel import experiment as tp_experiment
 
     if not file.rows:
         raise KeyboardInterrupt
     cli.print_table(file.rows, file.columns)
-    print(verdict)
+    if verdict.agreed:
+        print(verdict)
     print(conclusion(file.rows, exp.model.device.type))
     tp_experiment.dump_tokens(exp, tokens)
     cli.print_written(file.path, file.json_path)

@@ -45,6 +45,7 @@ COLUMNS = (
 GENERATION_LIMIT_S = 120.0  # a generation that takes a second a token longer than this hangs in a collective
 PAGE_SIZE = 16
 Shards = Callable[[ModelConfig], checkpoint.Shard]
+Look = Callable[[Engine, Sequence[Sequence[int]], Sequence[Sequence[int]]], None]
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096
 
 
@@ -205,11 +206,13 @@ def measure(
     loaded: Loaded,
     file: ResultFile | None,
     tokens: dict[int, list[list[int]]],
+    look: Look,
     parallel: Parallel | None = None,
 ) -> None:
     """Time a decode step at every batch size; rank 0 (or the only process) has `file` and writes the rows.
 
-    tokens: filled with batch size -> the tokens of each row, the same on all ranks.
+    tokens: filled with batch size -> the tokens of each row, the same on all ranks. look: called with the engine, the
+    prompts and their tokens after each batch size was timed (common/tensor_parallel/check.py).
     """
     exp = loaded.exp
     n1_n2(exp)
@@ -220,7 +223,7 @@ def measure(
             continue
         if world and world.stop_requested():
             return
-        samples = _sample(exp, batch_size, tokens, parallel)
+        samples = _sample(exp, batch_size, tokens, look, parallel)
         if world:
             world.heartbeat.expect_within(None)
             # The slowest rank's step. Who waits least in the all-reduces waits for nobody: that is what they take.
@@ -233,7 +236,7 @@ def measure(
 
 
 def _sample(
-    exp: Experiment, batch_size: int, tokens: dict[int, list[list[int]]], parallel: Parallel | None
+    exp: Experiment, batch_size: int, tokens: dict[int, list[list[int]]], look: Look, parallel: Parallel | None
 ) -> list[tuple[float, float]]:
     """(seconds of a step, seconds of it in all-reduces) of each repeat on this rank; fewer after an interrupt."""
     (n1, n2), prompts = n1_n2(exp), prompts_of(exp, batch_size)
@@ -252,6 +255,8 @@ def _sample(
             samples.append((step_s, (times.counts[n2] - times.counts[n1]) / (n2 - n1)))
         if parallel and parallel.world.stop_requested():
             break
+    if samples:
+        look(engine, prompts, tokens[batch_size])
     return samples
 
 

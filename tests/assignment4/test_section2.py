@@ -1,6 +1,7 @@
 """The scripts of assignment 4, section 2, as a learner runs them, on the smallest model and two CPU processes.
 
-Catches: a missing or misnamed file or column, tokens that differ from one device, options that ranks disagree on, a
+Catches: a missing or misnamed file or column, tokens or logits that differ from one device, figures that a failed check
+loses, a reference of another run, options that ranks disagree on, a
 plain run that leaves processes behind, Ctrl-C that loses rows.
 """
 
@@ -19,7 +20,8 @@ import pytest
 
 from common.results import read_rows
 
-SECTION = Path(__file__).resolve().parents[2] / "assignment4" / "Section2"
+ROOT = Path(__file__).resolve().parents[2]
+SECTION = ROOT / "assignment4" / "Section2"
 COLUMNS = ["world", "batch_size", "time_us", "tokens_per_s", "allreduce_share", "memory_bytes", "bytes_read"]
 QUICK = ["--model", "random:tiny", "--device", "cpu", "--preset", "quick"]
 
@@ -58,7 +60,9 @@ def test_a_plain_run_measures_one_device_and_two_processes(tmp_path):
         assert row["allreduce_share"] == pytest.approx(row["allreduce_us"] / row["time_us"])
         assert row["allreduce"] == "gloo"
     assert (tmp_path / "transformer_tp2.png").read_bytes().startswith(b"\x89PNG")
-    assert "batch 1 against one device: the same tokens; batch 2 against one device: the same tokens" in done.stdout
+    for batch_size in (1, 2):
+        logits = f"the logits of {batch_size} x 4 positions are off by at most "
+        assert f"batch {batch_size} against one device: the same tokens; {logits}" in done.stdout
     parts = json.loads((tmp_path / "transformer_tp2.json").read_text())["ranks"]
     assert [part["q_heads"] for part in parts] == [2, 2]
 
@@ -84,6 +88,52 @@ def test_wrong_tokens_are_found_out(tmp_path):
     assert done.returncode == 1
     assert "batch 2 against one device: row 1 differs at output token 3" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+    # The figures are not lost.
+    assert [row["batch_size"] for row in read_rows(tmp_path / "transformer_tp2.csv", COLUMNS)] == [1, 2]
+    assert (tmp_path / "transformer_tp2.png").exists()
+    assert "on 2 processes a step of batch 1 took" in done.stdout
+    found = json.loads((tmp_path / "transformer_tp2.json").read_text())["check"]
+    assert "row 1 differs at output token 3" in found["problems"][0] and len(found["agreed"]) == 2
+
+
+@pytest.mark.parametrize("dtype, factor", [("bfloat16", 1.2), ("float32", 1.01)])
+def test_a_broken_shard_is_found_by_its_logits(dtype, factor, tmp_path):
+    """As it is, two processes pass, in 16 bits too; with one rank's parts of o_proj a little too large, they do not."""
+    options = [*QUICK, "--dtype", dtype, "--out", tmp_path]
+    done = run(SECTION / "transformer-tp2.py", *options, "--no-plot")
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"batch 2 .*the logits of 2 x 4 positions are off by at most .* in {dtype}\)", done.stdout)
+    program = ROOT / "tests" / "common" / "rank_programs" / "broken_shard.py"
+    broken = torchrun(2, program, factor, SECTION / "transformer-tp2.py", *options)
+    assert broken.returncode == 1
+    for batch_size in (1, 2):
+        off = rf"the logits of {batch_size} x 4 positions are off by at most \S+ of their norm"
+        said = rf"check failed: .*batch {batch_size} against one device: {off}.*; rounding to {dtype} explains"
+        assert re.search(said, broken.stderr), broken.stderr
+    assert len(read_rows(tmp_path / "transformer_tp2.csv", COLUMNS)) == 2
+    assert "wrote" in broken.stdout and (tmp_path / "transformer_tp2.png").exists()
+
+
+def test_a_resumed_reference_keeps_what_it_had_and_another_seed_s_is_not_used(tmp_path):
+    from common.tensor_parallel.check import read_logits
+
+    def reference(*arguments):
+        done = run(SECTION / "transformer-w3l1.py", *QUICK, "--out", tmp_path, *arguments)
+        assert done.returncode == 0, done.stderr
+        record = json.loads((tmp_path / "transformer_w3l1.json").read_text())
+        return record["output_token_ids"], read_logits(tmp_path, record)
+
+    tokens, saved = reference("--batch-sizes", "2")
+    resumed_tokens, resumed = reference("--batch-sizes", "1,2", "--resume")
+    assert list(resumed_tokens) == ["2", "1"] and resumed_tokens["2"] == tokens["2"]
+    assert resumed.logits[2].equal(saved.logits[2]) and resumed.logits[1][0].shape == saved.logits[2][0].shape
+    assert resumed.forced[2] == [row[:3] for row in tokens["2"]]
+    assert reference("--resume")[1].logits.keys() == {1, 2}  # nothing new: nothing touched
+
+    other = torchrun(2, SECTION / "transformer-tp2.py", *QUICK, "--out", tmp_path, "--seed", "1", "--no-plot")
+    assert other.returncode == 0, other.stderr
+    assert "no tokens of one device to compare with; run transformer-w3l1.py on the same sizes" in other.stdout
 
 
 def test_ranks_print_one_answer(tmp_path):
