@@ -44,9 +44,9 @@ def tolerance(dtype: torch.dtype, num_layers: int) -> float:
 
     16 bits: each of the 2 products a layer that are summed over the ranks is rounded in another way, by about the unit
     roundoff u (bfloat16: 2^-8), and the residual stream keeps it: u sqrt(2 layers) in the end, as independent errors
-    add up, times ROUNDINGS. Measured over two ranks at 2, 8 and 32 layers: 1.6 to 2 times for random weights, up to 2.3
-    (bfloat16) and 4.8 (float16, whose small numbers lose bits) for the embedded model. One
-    rank's part of every o_proj 5 % too large is 8 times it at 2 layers, 11 times at 32.
+    add up, times ROUNDINGS. Measured with two processes on a CPU: 1.6 to 2.2 times u sqrt(2 layers) for random weights
+    in bfloat16 at 2, 8 and 32 layers; 2.3 (bfloat16) and 4.8 (float16) for the embedded model. One rank's parts of
+    o_proj 5 % too large gave 8 times at 2 layers, 11 times at 32.
 
     float32: the thousands of terms of each sum count instead: 5e-7 to 7e-6 was measured at 2 to 32 layers.
     """
