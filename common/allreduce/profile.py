@@ -15,7 +15,8 @@ import torch.distributed as dist
 from common.allreduce.timing import AllReduce, time_eager, time_in_graph
 from common.errors import CheckFailed, UserError
 from common.memory import free_bytes, human_bytes
-from common.tensor_parallel.collectives import SymmetricMemory, why_unavailable
+from common.tensor_parallel.collectives import make_symmetric
+from common.tensor_parallel.push_all_reduce import WORD
 from common.timing import Timing
 
 if TYPE_CHECKING:
@@ -79,20 +80,17 @@ def make_variants(world: World, dtype: torch.dtype, largest: int) -> tuple[list[
     if device.type != "cuda":
         return variants, ["NCCL and symmetric memory left out: they need GPUs; these are processes on the CPU"]
     variants.append(Variant(backend, "graph", library, partial(graph, library), MAX_GRAPH_BYTES, dtype.itemsize))
-    problem = why_unavailable(device)
-    symmetric = None
-    if not any(world.exchange(problem)):
-        try:
-            symmetric = SymmetricMemory(group, device, dtype, min(largest, MAX_SYMMETRIC_BYTES))
-            world.leave_at_once = True  # tearing down after it was used in a captured graph can hang
-        except UserError as error:
-            problem = str(error)
-    problems = [text for text in world.exchange(problem) if text]
-    if symmetric is None or problems:
-        return variants, [f"symmetric memory left out: {problems[0]}"]
+    symmetric, problem, no_push = make_symmetric(world, dtype, min(largest, MAX_SYMMETRIC_BYTES))
+    if symmetric is None:
+        return variants, [f"symmetric memory left out: {problem}"]
     size, granularity = symmetric.buffer.nbytes, 16 * world.size
     for name, all_reduce in (("one_shot", symmetric.one_shot), ("two_shot", symmetric.two_shot)):
         variants.append(Variant("symm", name, all_reduce, partial(graph, all_reduce), size, granularity))
+    pusher = symmetric.pusher
+    if pusher is None:
+        return variants, [f"low_latency and push left out: {no_push}"]
+    for name, all_reduce in (("low_latency", pusher.low_latency), ("push", pusher.push)):
+        variants.append(Variant("triton", name, all_reduce, partial(graph, all_reduce), pusher.max_bytes[name], WORD))
     return variants, []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,26 +71,22 @@ def choose_algorithms(
 ) -> list[str]:
     """Measure the all-reduces of [rows, hidden_size] and let `parallel` take the fastest for each number of rows.
 
-    Returns a line of text for each. Without symmetric memory there is nothing to choose. insist: leave the library out
-    (`--allreduce symm`) wherever symmetric memory takes the size.
+    They are timed as a step uses them: the residual is added, by the same kernel or by one of its own. Returns a line
+    of text for each. Without symmetric memory there is nothing to choose. insist: leave the library out (`--allreduce
+    symm`) wherever symmetric memory takes the size.
     """
     if parallel.symmetric is None:
         return []
     lines = []
     for count in rows:
         x = torch.zeros(count, hidden_size, dtype=parallel.dtype, device=world.device)
-        candidates: dict[str, AllReduce] = {"library": lambda t: _library(t, parallel)}
-        if parallel.symmetric.fits(x.nbytes):
-            symmetric = {"one_shot": parallel.symmetric.one_shot, "two_shot": parallel.symmetric.two_shot}
-            candidates = symmetric if insist else candidates | symmetric
-        times = {name: time_in_graph(world, fn, x, repeats=10).median_s for name, fn in candidates.items()}
+        candidates = parallel.algorithms(x.nbytes)
+        if insist and len(candidates) > 1:
+            del candidates["library"]
+        with_residual = {name: partial(fn, residual=torch.zeros_like(x)) for name, fn in candidates.items()}
+        times = {name: time_in_graph(world, fn, x, repeats=10).median_s for name, fn in with_residual.items()}
         best = min(times, key=times.__getitem__)  # the same on all ranks: the times are the slowest rank's
         parallel.algorithm_of[x.nbytes] = best
         shown = ", ".join(f"{name} {1e6 * seconds:.1f} us" for name, seconds in times.items())
-        lines.append(f"all-reduce of {x.nbytes} bytes in a graph: {shown}; using {best}")
+        lines.append(f"all-reduce of {x.nbytes} bytes + residual in a graph: {shown}; using {best}")
     return lines
-
-
-def _library(x: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
-    dist.all_reduce(x, group=parallel.group)
-    return x

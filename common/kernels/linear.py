@@ -144,7 +144,7 @@ def linear_add(a: torch.Tensor, linear: Linear, x: torch.Tensor) -> torch.Tensor
     product = matvec if kernel == "matvec" else GEMMS.get(kernel)
     if linear.group is None:
         return product(a, linear.weight, residual=x) if product else linear.plus(a, x)
-    return linear.group.all_reduce(product(a, linear.weight) if product else linear(a)).add_(x)
+    return linear.group.all_reduce(product(a, linear.weight) if product else linear(a), x)
 
 
 def norm_gate_up_silu(x: torch.Tensor, norm: Norm, gate_up: Linear) -> torch.Tensor:

@@ -40,8 +40,10 @@ def test_decode_graphs_hold_the_collectives_and_the_process_ends(choice):
         pytest.skip(f"symmetric memory: {found['problem']}")
     assert all(found["sums"].values()), found
     assert found["same"]
+    if choice != "nccl":
+        assert set(found["sums"]) == {"as chosen", "library", "one_shot", "two_shot", "low_latency", "push"}
     if choice == "symm":
-        assert all("using one_shot" in line or "using two_shot" in line for line in found["lines"])
+        assert len(found["lines"]) == 2 and not any("using library" in line for line in found["lines"])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="needs a machine with exactly one GPU")

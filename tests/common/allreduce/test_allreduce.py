@@ -115,30 +115,68 @@ def test_link_speed_is_the_sum_of_active_links():
     assert allreduce_profile.parse_nvlink_status("") is None
 
 
+LARGE = 1 << 20
+
+
 @pytest.mark.parametrize(
     "insist, expected",
-    [(False, {4096: "one_shot", 1 << 20: "library"}), (True, {4096: "one_shot", 1 << 20: "two_shot"})],
+    [
+        (False, {4096: "low_latency", LARGE: "library", 2 * LARGE: "library"}),
+        (True, {4096: "low_latency", LARGE: "two_shot", 2 * LARGE: "library"}),
+    ],
 )
 def test_the_fastest_algorithm_is_chosen_by_size(insist, expected, monkeypatch):
-    """Times made up: one_shot wins small, the library large; `insist` leaves the library out."""
+    """Times made up: low_latency wins small but does not take the large, which the library wins; `insist` leaves that
+    out wherever there is another."""
     micros = {
-        "one_shot": {4096: 6, 1 << 20: 30},
-        "two_shot": {4096: 9, 1 << 20: 20},
-        "library": {4096: 10, 1 << 20: 17},
+        "one_shot": {4096: 6, LARGE: 30},
+        "two_shot": {4096: 9, LARGE: 20},
+        "low_latency": {4096: 3},
+        "library": {4096: 10, LARGE: 17, 2 * LARGE: 30},
     }
 
     def fake_time(world, all_reduce, x, *, repeats):
         return summarise([micros[all_reduce(x)][x.nbytes] * 1e-6])
 
+    def algorithms(num_bytes):
+        def named(name):
+            def all_reduce(x, residual):
+                assert residual.shape == x.shape and residual is not x  # timed as linear_add uses it
+                return name
+
+            return all_reduce
+
+        return {name: named(name) for name, times in micros.items() if num_bytes in times}
+
     monkeypatch.setattr(allreduce_timing, "time_in_graph", fake_time)
-    monkeypatch.setattr(allreduce_timing, "_library", lambda x, parallel: "library")
-    symmetric = SimpleNamespace(
-        one_shot=lambda x: "one_shot", two_shot=lambda x: "two_shot", fits=lambda n: n < 1 << 21
-    )
-    parallel = SimpleNamespace(symmetric=symmetric, dtype=torch.float32, algorithm_of={})
-    lines = allreduce_timing.choose_algorithms(parallel, OneOfThree(), [1, 256], 1024, insist=insist)
+    parallel = SimpleNamespace(symmetric=True, dtype=torch.float32, algorithm_of={}, algorithms=algorithms)
+    lines = allreduce_timing.choose_algorithms(parallel, OneOfThree(), [1, 256, 512], 1024, insist=insist)
     assert parallel.algorithm_of == expected
-    assert len(lines) == 2 and "using one_shot" in lines[0]
+    assert len(lines) == 3 and "using low_latency" in lines[0]
+
+
+@pytest.mark.parametrize("problems", [[None, None], ["no Triton", None], [None, "no peers"]])
+def test_a_rank_without_it_decides_for_all(problems, monkeypatch):
+    """A rank whose peers cannot have symmetric memory, or not our kernels, must not set it up and wait for them."""
+
+    class World(OneOfThree):
+        leave_at_once = False
+
+        def exchange(self, value):
+            other = problems[::-1] if isinstance(value, list) else None
+            return [value, other]
+
+    made = []
+    monkeypatch.setattr(collectives, "why_unavailable", lambda device: None)
+    monkeypatch.setattr(collectives.push_all_reduce, "why_unavailable", lambda device, dtype: None)
+    monkeypatch.setattr(collectives, "SymmetricMemory", lambda *args, pushes: made.append(pushes) or "memory")
+    world = World()
+    world.group = None
+    symmetric, problem, no_push = collectives.make_symmetric(world, torch.float32, 1 << 20)
+    no_peers, no_triton = problems[::-1]
+    assert (problem, no_push) == (no_peers, no_triton)
+    assert made == ([] if no_peers else [no_triton is None])
+    assert (symmetric, world.leave_at_once) == ((None, False) if no_peers else ("memory", True))
 
 
 def test_symmetric_memory_is_refused_by_name_on_a_cpu():

@@ -27,12 +27,14 @@ from common.kernels import (
     silu_mul,
     small_gemm,
 )
+from common.tensor_parallel import push_all_reduce
 
-MODULES = (argmax, matvec, paged_decode, paged_prefill, rms_norm, rope_append, silu_mul, small_gemm)
+MODULES = (argmax, matvec, paged_decode, paged_prefill, rms_norm, rope_append, silu_mul, small_gemm, push_all_reduce)
 KERNELS = {
     argmax: ["_argmax_kernel"], matvec: ["_matvec_kernel"], paged_decode: ["_paged_decode_kernel", "_merge_kernel"],
     paged_prefill: ["_paged_prefill_kernel"], rms_norm: ["_rms_norm_kernel"], rope_append: ["_rope_append_kernel"],
     silu_mul: ["_silu_mul_kernel"], small_gemm: ["_small_gemm_kernel"],
+    push_all_reduce: ["_low_latency_kernel", "_push_kernel"],
 }  # fmt: skip
 HEADS = ((32, 8, 128), (9, 3, 64), (16, 2, 256), (32, 32, 96))  # query heads, KV heads, head_dim
 
@@ -124,6 +126,16 @@ def attention(dtype):
                 paged_prefill.paged_prefill_triton(q, k, v, pages, table[:1], indptr, lens[:1], context=context)
 
 
+def all_reduces(dtype):
+    for world_size in (1, 2, 8):
+        buffer = torch.empty(push_all_reduce.buffer_bytes(world_size) // 8, dtype=torch.int64)
+        ranks = push_all_reduce.PushAllReduce(world_size - 1, [buffer] * world_size)
+        x = torch.empty(1, 4096, dtype=dtype)
+        for all_reduce in (ranks.low_latency, ranks.push):
+            all_reduce(x)
+            all_reduce(x, x)
+
+
 def main(capability, dtype, num_sms):
     driver.set_active(Target(capability))
     for module in (*MODULES, runtime):
@@ -134,7 +146,7 @@ def main(capability, dtype, num_sms):
     for module, names in KERNELS.items():
         for name in names:
             setattr(module, name, Compiled(getattr(module, name), name))
-    for group in (products, elementwise, attention):
+    for group in (products, elementwise, attention, all_reduces):
         group(dtype)
 
 

@@ -16,7 +16,6 @@ import torch
 from common import checkpoint
 from common.allreduce.timing import choose_algorithms
 from common.distributed import open_world
-from common.errors import UserError
 from common.generation import StopRule
 from common.tensor_parallel import collectives
 from common.tensor_parallel import experiment as tp_experiment
@@ -30,21 +29,16 @@ def greedy(model):
 
 
 with open_world(argparse.Namespace(device="cuda")) as world:
-    problem = "not asked for" if sys.argv[1] == "nccl" else collectives.why_unavailable(world.device)
-    ranks = collectives.TensorParallel(world.group, world.device, torch.float32)
-    if problem is None:
-        try:
-            ranks = collectives.TensorParallel(world.group, world.device, torch.float32, symmetric=True)
-            world.leave_at_once = True  # as make_tensor_parallel does; NCCL alone takes the ordinary way out
-        except UserError as error:
-            problem = str(error)
-    symmetric = problem is None
+    symmetric, problem, no_push = None, "not asked for", None
+    if sys.argv[1] != "nccl":
+        symmetric, problem, no_push = collectives.make_symmetric(world, torch.float32, 1 << 20)
+    ranks = collectives.TensorParallel(world.group, world.device, torch.float32, symmetric)
     lines = choose_algorithms(ranks, world, [1, 4], 64, insist=sys.argv[1] == "symm")
     load = {"device": world.device, "dtype": torch.float32, "quiet": True}
     grouped, _ = checkpoint.load("random:tiny", tp=lambda c: replace(shard_of(c, 0, 1), group=ranks), **load)
     plain, _ = checkpoint.load("random:tiny", **load)
     x = torch.randn(4, 64, device=world.device)
     sums = {name: ranks.all_reduce(x.clone()).equal(x) for name in ("as chosen",)}
-    if symmetric:
-        sums |= {name: getattr(ranks.symmetric, name)(x.clone()).equal(x) for name in ("one_shot", "two_shot")}
-    print(json.dumps({"sums": sums, "same": greedy(grouped) == greedy(plain), "lines": lines, "problem": problem}))
+    sums |= {name: fn(x.clone()).equal(x) for name, fn in ranks.algorithms(x.nbytes).items()}
+    found = {"sums": sums, "lines": lines, "problem": problem or no_push}
+    print(json.dumps(found | {"same": greedy(grouped) == greedy(plain)}))

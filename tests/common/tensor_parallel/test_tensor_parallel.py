@@ -82,7 +82,7 @@ def test_the_comparison_sees_known_bugs(sabotage, tmp_path):
     config = dataclasses.replace(TINY, num_attention_heads=4, num_key_value_heads=2)
     folder = save_checkpoint(config, tmp_path / "model", seed=1)
     patch = {
-        "no sum": "collectives.TensorParallel.all_reduce = lambda self, x: x",
+        "no sum": "collectives.TensorParallel.all_reduce = lambda self, x, residual: x + residual",
         "padded head": "collectives.even_parts = lambda total, parts: [range(-(-total // parts))] * parts",
     }[sabotage]
     program = tmp_path / "sabotaged.py"
