@@ -5,8 +5,9 @@ time is latency; a prefill's are megabytes, where it is bandwidth. t = alpha + b
 
 Method: sizes 2^10 to 2^30 bytes (2^26 on a CPU), then the activations of Llama-3-8B by batch size (4,096 elements a
 sequence). Every algorithm's sum is checked before it is timed. All ranks start together, a sample is many calls, and
-the slowest rank counts; median, p10 and p90 over --repeats. NCCL launched call by call and in a CUDA graph; one-shot
-and two-shot over symmetric memory in a graph; gloo on CPUs. algbw = bytes / time; busbw = algbw * 2 (n - 1) / n, which
+the slowest rank counts; median, p10 and p90 over --repeats. NCCL launched call by call and in a CUDA graph; over
+symmetric memory, in a graph, torch's one-shot and two-shot (backend symm) and our low_latency and push (backend triton:
+common/tensor_parallel/push_all_reduce.py); gloo on CPUs. algbw = bytes / time; busbw = algbw * 2 (n - 1) / n, which
 a link's speed bounds. Started plainly: a process for each visible GPU, or two on the CPU where there are fewer.
 Output: results/profile_allreduce.csv (backend, algorithm, world, batch_size, bytes, time_us, time_us_p10, time_us_p90,
 algbw_gb_per_s, busbw_gb_per_s; batch_size is empty for plain sizes), .json and .png.

@@ -8,8 +8,8 @@ device. The rules are in common/tensor_parallel/sharding.py, the sums in common/
 Method: started plainly it first runs transformer-w3l1.py (left out with --skip-reference), then itself as --world
 processes through torch's launcher; `torchrun --nproc-per-node N` works too. In float32 the tokens must be those of one
 device; in every dtype the logits must, as far as its rounding goes (common/tensor_parallel/check.py). The all-reduces
-of a step are timed too; the ideal is the step on one device divided by N, plus them. On GPUs: NCCL, or one-shot and
-two-shot all-reduce over symmetric memory, chosen by a measurement at the start (--allreduce); on CPUs gloo. Output:
+of a step are timed too; the ideal is the step on one device divided by N, plus them. On GPUs NCCL, or one of four
+all-reduces over symmetric memory, chosen by a measurement at the start (--allreduce); on CPUs gloo. Output:
 results/transformer_tp2.csv (world, batch_size, time_us, tokens_per_s, allreduce_share, memory_bytes and bytes_read of
 the rank with the most, ...), .json, .png; also where a check fails, which ends with exit code 1. With --prompt it
 answers instead.
