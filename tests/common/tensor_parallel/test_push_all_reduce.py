@@ -20,6 +20,7 @@ import torch
 
 from common.kernels import runtime
 from common.tensor_parallel import push_all_reduce as pushes
+from common.tensor_parallel.collectives import SymmetricMemory, TensorParallel
 from common.tensor_parallel.push_all_reduce import PushAllReduce, buffer_bytes
 
 PROGRAM = Path(__file__).parents[1] / "rank_programs" / "pushes.py"
@@ -180,6 +181,26 @@ def test_what_fits():
         assert not any(ranks.fits(name, size) for size in (0, 2, 6, largest + 4))
     assert ranks.max_bytes["low_latency"] <= 4 * pushes.LOW_LATENCY_WORDS
     assert ranks.max_bytes["push"] <= 4 * pushes.PUSH_WORDS
+
+
+@INTERPRETED
+def test_the_chosen_one_sums_and_gets_the_residual():
+    """Which algorithms take a size, and that `all_reduce` calls the chosen one. Two of the five are torch's and need
+    GPUs: they are listed, not called."""
+    symmetric = object.__new__(SymmetricMemory)
+    symmetric.buffer, symmetric.size, symmetric.pusher = torch.zeros(512), 2, PushAllReduce(0, make_buffers(1))
+    names = {size: set(symmetric.algorithms(size)) for size in (4, 6, 2048, 2080, 1 << 14)}
+    assert names[4] == names[2080] == {"low_latency", "push"} and names[6] == set() and names[1 << 14] == {"push"}
+    assert names[2048] == {"one_shot", "two_shot", "low_latency", "push"}
+    ranks = object.__new__(TensorParallel)
+    ranks.symmetric = symmetric
+    x, residual = torch.randn(2, 4, 16)
+    for name in PushAllReduce.NAMES:
+        ranks.algorithm_of = {x.nbytes: name}
+        counters = symmetric.pusher._low_latency_counters if name == "low_latency" else symmetric.pusher._push_counters
+        assert ranks.all_reduce(x.clone(), residual).equal(x + residual) and counters[0] == 1
+    symmetric.pusher = None
+    assert set(symmetric.algorithms(2048)) == {"one_shot", "two_shot"}
 
 
 # --- the protocol ----------------------------------------------------------------------------------------------------
