@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from common.attention import Attend, causal_attention, decode_attention, rotary_
 from common.kv_cache import DistKVPool
 from common.llama import Llama
 from common.paged.batch import DeviceBatch, HostBatch
+from common.paged.groups import group_by_length
 
 # Prompt tokens in a step from which cuDNN's attention pays for its slower launch: measured on an H200, 1,024 tokens
 # lose 20 % of the whole prefill (the GPU waits for the CPU), 4,096 gain 2 %, 16,384 gain 1.5 %.
@@ -30,9 +32,28 @@ CUDNN_TOKENS = 4096
 # Decodes are gathered and attended over this much at a time: on a CPU what is gathered is then read from its cache.
 GATHER_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 
+# A row is padded by at most this much K and V to go along with longer ones: what gathering and attending costs in the
+# time of a call of its own (docs/performance.md). Measured on a CPU only; on a GPU nothing is padded.
+PADDING_BYTES = {"cpu": 128 << 10, "cuda": 0}
+
+
+class DecodeGroup(NamedTuple):
+    """Decodes that are gathered and attended to together, all as long as the longest of them."""
+
+    rows: torch.Tensor | slice  # their places among the step's decodes
+    count: int
+    length: int
+    num_pages: int
+    blocks: torch.Tensor  # where their pages lie, see `_blocks`; a shorter row ends in pages that only fill it up
+    padding: torch.Tensor | None  # gathered [d] vectors behind a row's own tokens; None where nothing is padded
+    mask: torch.Tensor | None  # [count, 1, 1, length], added to the scores: 0, and -inf on the padding
+
 
 class TorchPagedAttend(Attend):
-    """Gathers pages into contiguous memory, one gather a layer for all decodes, and attends with torch.
+    """Gathers pages into contiguous memory and attends with torch.
+
+    `_piece` is the plain form of it: one row, its pages, a causal mask. A decode is a piece of one token, but ten calls
+    of a tenth of the work are slower than one, so decodes of about one length go together (`_decodes`).
 
     page_lists: each row's page numbers, as many as hold its `kv_lens` tokens.
     """
@@ -73,25 +94,40 @@ class TorchPagedAttend(Attend):
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _decodes(self, layer: int, q: torch.Tensor) -> torch.Tensor:
-        """[D, Hq, d] -> [D, Hq, d]; rows of one length go as a batch, none is padded."""
-        outputs = []
-        for first, count, length, blocks in self.groups:
-            num_pages = len(self.lists[first])
-            kv = self._as_heads(self._gather(layer, blocks), count, num_pages)[..., :length, :]
-            outputs.append(decode_attention(q[first : first + count], kv[:, 0], kv[:, 1]))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        """[D, Hq, d] -> [D, Hq, d]: for each row what `_piece` gives it alone."""
+        out = torch.empty_like(q)
+        for group in self.groups:
+            gathered = self._gather(layer, group.blocks)
+            if group.padding is not None:  # the mask is not enough: what lies there may be NaN, and 0 x NaN is NaN
+                gathered.view(-1, self.config.head_dim).index_fill_(0, group.padding, 0)
+            kv = self._as_heads(gathered, group.count, group.num_pages)[..., : group.length, :]
+            out[group.rows] = decode_attention(q[group.rows], kv[:, 0], kv[:, 1], group.mask)
+        return out
 
-    def _decode_groups(self) -> list[tuple[int, int, int, torch.Tensor]]:
-        """Neighbouring rows of one length that are gathered together, as (first row, how many, length, blocks)."""
-        row_bytes = 2 * self.pool.page_size * self.config.kv_size * self.pool.layers[0].element_size()
-        groups, first = [], 0
-        for length, count in _runs_of_equal(self.host.kv_lens[: self.host.num_decodes].tolist()):
-            most = max(GATHER_BYTES[self.pool.device.type] // (row_bytes * len(self.lists[first])), 1)
-            for begin in range(first, first + count, most):
-                rows = min(most, first + count - begin)
-                groups.append((begin, rows, length, self._blocks(self.lists[begin : begin + rows])))
-            first += count
-        return groups
+    def _decode_groups(self) -> list[DecodeGroup]:
+        """The step's decodes in groups: the same for every layer, so made once."""
+        lengths = self.host.kv_lens[: self.host.num_decodes].tolist()
+        token_bytes = 2 * self.config.kv_size * self.pool.layers[0].element_size()
+        device = self.pool.device.type
+        most_padding, most_tokens = PADDING_BYTES[device] // token_bytes, GATHER_BYTES[device] // token_bytes
+        groups = group_by_length(lengths, most_padding, most_tokens)
+        return [self._decode_group(rows, [lengths[row] for row in rows]) for rows in groups]
+
+    def _decode_group(self, rows: list[int], lengths: list[int]) -> DecodeGroup:
+        """`rows`, the longest first."""
+        device, count, length, num_pages = self.positions.device, len(rows), lengths[0], len(self.lists[rows[0]])
+        lists = [np.resize(self.lists[row], num_pages) for row in rows]  # filled up with the row's own pages again
+        padding = mask = None
+        if lengths[-1] < length:
+            hidden = np.arange(num_pages * self.pool.page_size) >= np.array(lengths)[:, None]  # [count, slots]
+            heads = (count, 2 * self.config.num_key_value_heads, hidden.shape[1])  # the order of `_blocks`
+            padding = torch.from_numpy(np.broadcast_to(hidden[:, None], heads).ravel().nonzero()[0]).to(device)
+            mask = torch.zeros(count, 1, 1, length, dtype=self.pool.layers[0].dtype, device=device)
+            mask.masked_fill_(torch.from_numpy(hidden[:, None, None, :length]).to(device), -torch.inf)
+        rows_of_q = slice(rows[0], rows[-1] + 1)
+        if rows != list(range(rows[0], rows[-1] + 1)):
+            rows_of_q = torch.tensor(rows, device=device)
+        return DecodeGroup(rows_of_q, count, length, num_pages, self._blocks(lists), padding, mask)
 
     def _piece(self, layer: int, row: int, q: torch.Tensor) -> torch.Tensor:
         """A piece of a prompt [T_row, Hq, d] over what its pages hold, causal and aligned at the end."""
@@ -136,17 +172,6 @@ def _scratch(count: int, like: torch.Tensor) -> torch.Tensor:
             held = torch.empty(count + count // 4, dtype=like.dtype, device=like.device)
         _scratch_memory[key] = held
     return held[:count]
-
-
-def _runs_of_equal(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Neighbours of equal length, as (length, how many)."""
-    runs: list[tuple[int, int]] = []
-    for length in lengths:
-        if runs and runs[-1][0] == length:
-            runs[-1] = (length, runs[-1][1] + 1)
-        else:
-            runs.append((length, 1))
-    return runs
 
 
 class TritonPagedAttend(Attend):

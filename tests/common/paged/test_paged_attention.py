@@ -14,7 +14,7 @@ import torch
 from common.config import ModelConfig
 from common.kernels import runtime
 from common.kv_cache import DistKVPool
-from common.paged.attention import GATHER_BYTES, _runs_of_equal
+from common.paged.attention import GATHER_BYTES, PADDING_BYTES, _scratch_memory
 from common.paged.backends import Backend, make_attend
 from common.paged.batch import DeviceBatch, HostBatch, Upload
 from common.pages import pages_for
@@ -90,8 +90,8 @@ class Harness:
         self.slots = {}
         self.oracle = Oracle(config)
 
-    def step(self, chunks):
-        """Returns the largest error of any output."""
+    def attend(self, chunks):
+        """The arrays of a step and its attend; pages are taken."""
         reserve_pages(self.pool, chunks)
         for request, _, _ in chunks:
             slot = self.slots.setdefault(request, len(self.slots))
@@ -99,7 +99,11 @@ class Harness:
         host = HostBatch.of(chunks, [self.slots[chunk.request] for chunk in chunks])
         batch, _ = DeviceBatch.of(host, Upload(torch.device("cpu")))
         lists = [chunk.request.pages.indices for chunk in chunks]
-        attend = make_attend(self.backend, self.model, self.pool, host, batch, self.table, lists)
+        return host, make_attend(self.backend, self.model, self.pool, host, batch, self.table, lists)
+
+    def step(self, chunks):
+        """Returns the largest error of any output."""
+        host, attend = self.attend(chunks)
         width = self.config.q_size + 2 * self.config.kv_size
         errors = []
         for layer in range(LAYERS):
@@ -336,9 +340,45 @@ def test_decodes_of_equal_and_unequal_lengths_gathered_in_any_pieces(budget, mon
         assert harness.step([Chunk(r, r.num_computed, 1) for r in requests]) < 1e-5
 
 
-def test_runs_of_equal():
-    assert _runs_of_equal([]) == []
-    assert _runs_of_equal([4, 4, 2, 4]) == [(4, 2), (2, 1), (4, 1)]
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=str)
+@pytest.mark.parametrize("heads", [(3, 3, 8), (9, 3, 16), (8, 2, 8), (8, 1, 16)], ids=str)
+@pytest.mark.parametrize("page_size", [1, 3, 16, 64])
+def test_decodes_together_are_what_each_is_alone(page_size, heads, dtype, tolerance, monkeypatch):
+    """The fast form against the plain one, with anything from no padding to all rows as long as the longest; slots
+    behind a row's own tokens are NaN in the pages and infinite in what an earlier gather left behind.
+    """
+    draw, config = random.Random(page_size), make_config(*heads)
+    torch.manual_seed(page_size)
+    calls = set()
+    for _ in range(6):
+        lengths = [draw.choice([1, 40, draw.randint(1, 120)]) for _ in range(draw.randint(3, 7))]
+        num_pages = sum(pages_for(length + 1, page_size) for length in lengths)
+        harness = Harness("torch", config, page_size, num_pages, dtype)
+        requests = [Request(InputRequest(prompt_token_ids=[1] * n, output_len=5), i) for i, n in enumerate(lengths)]
+        assert harness.step([Chunk(r, 0, r.num_prefill) for r in requests]) < tolerance
+        host, attend = harness.attend([Chunk(r, r.num_computed, 1) for r in requests])
+        q, k, v = attend.append(1, torch.randn(host.num_tokens, config.q_size + 2 * config.kv_size).to(dtype))
+        alone = torch.cat([attend._piece(1, row, q[row : row + 1]) for row in range(len(requests))])
+        for padding in (0, 1000, 10**9):
+            monkeypatch.setitem(PADDING_BYTES, "cpu", padding)
+            monkeypatch.setitem(GATHER_BYTES, "cpu", draw.choice([10**9, 100_000]))
+            attend.groups = attend._decode_groups()
+            calls.add((len(requests), len(attend.groups)))
+            for scratch in _scratch_memory.values():
+                scratch.fill_(torch.inf)
+            assert (attend._decodes(1, q).double() - alone.double()).abs().max() < tolerance
+    assert any(1 < count < rows for rows, count in calls) and any(count == 1 for rows, count in calls)
+
+
+def test_a_padded_step_against_the_oracle(monkeypatch):
+    """Rows are put in another order to be grouped, and their outputs back."""
+    monkeypatch.setitem(PADDING_BYTES, "cpu", 10**9)
+    torch.manual_seed(4)
+    harness = Harness("torch", make_config(9, 3, 16), 16, 60)
+    requests = [Request(InputRequest(prompt_token_ids=[1] * n, output_len=9), n) for n in (33, 2, 90, 17, 64, 40)]
+    assert harness.step([Chunk(r, 0, r.num_prefill) for r in requests]) < 1e-5
+    for _ in range(4):
+        assert harness.step([Chunk(r, r.num_computed, 1) for r in requests]) < 1e-5
 
 
 def test_inside_and_outside_inference_mode():
