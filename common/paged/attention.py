@@ -34,7 +34,7 @@ GATHER_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 
 # A row is padded by at most this much K and V to go along with longer ones: what gathering and attending costs in the
 # time of a call of its own (docs/performance.md). Measured on a CPU only; on a GPU nothing is padded.
-PADDING_BYTES = {"cpu": 128 << 10, "cuda": 0}
+PADDING_BYTES = {"cpu": 256 << 10, "cuda": 0}
 
 
 class DecodeGroup(NamedTuple):
