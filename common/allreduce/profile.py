@@ -83,15 +83,19 @@ def make_variants(world: World, dtype: torch.dtype, largest: int) -> tuple[list[
     symmetric, problem, no_push = make_symmetric(world, dtype, min(largest, MAX_SYMMETRIC_BYTES))
     if symmetric is None:
         return variants, [f"symmetric memory left out: {problem}"]
-    size, granularity = symmetric.buffer.nbytes, 16 * world.size
-    for name, all_reduce in (("one_shot", symmetric.one_shot), ("two_shot", symmetric.two_shot)):
-        variants.append(Variant("symm", name, all_reduce, partial(graph, all_reduce), size, granularity))
+    left_out = []
+    if dtype in symmetric.SUMMED:
+        size, granularity = symmetric.buffer.nbytes, 16 * world.size
+        for name, all_reduce in (("one_shot", symmetric.one_shot), ("two_shot", symmetric.two_shot)):
+            variants.append(Variant("symm", name, all_reduce, partial(graph, all_reduce), size, granularity))
+    else:
+        left_out.append(f"one_shot and two_shot left out: torch's do not sum {str(dtype).removeprefix('torch.')}")
     pusher = symmetric.pusher
     if pusher is None:
-        return variants, [f"low_latency and push left out: {no_push}"]
+        return variants, [*left_out, f"low_latency and push left out: {no_push}"]
     for name, all_reduce in (("low_latency", pusher.low_latency), ("push", pusher.push)):
         variants.append(Variant("triton", name, all_reduce, partial(graph, all_reduce), pusher.max_bytes[name], WORD))
-    return variants, []
+    return variants, left_out
 
 
 def _zeros(num_bytes: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

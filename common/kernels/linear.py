@@ -26,15 +26,10 @@ if TYPE_CHECKING:
 
 # oneDNN chooses the block layout for this many rows; measured, 32 serves 1 row and 512 rows alike.
 PACK_ROWS = 32
-# Up to how many rows small_gemm, and from FIRST_HOPPER_ROWS on hopper_gemm, beat cuBLAS with its neighbours unfused:
-# measured on an H200 (docs/performance.md).
-MOST_ROWS = {
-    "norm_linear": {"small_gemm": 32, "hopper_gemm": 64},
-    "linear_add": {"small_gemm": 64, "hopper_gemm": 192},
-    "norm_gate_up_silu": {"small_gemm": 64, "hopper_gemm": 256},
-    "linear_float32": {"small_gemm": 64, "hopper_gemm": 0},
-}
-FIRST_HOPPER_ROWS = 33
+# Up to how many rows small_gemm beats cuBLAS with its neighbours unfused, and from how many to how many hopper_gemm
+# beats both: measured on an H200 (docs/performance.md).
+MOST_ROWS = {"norm_linear": 32, "linear_add": 64, "norm_gate_up_silu": 64, "linear_float32": 64}
+HOPPER_ROWS = {"norm_gate_up_silu": range(97, 257), "linear_add": range(97, 193)}
 GEMMS = {"small_gemm": small_gemm, "hopper_gemm": hopper_gemm}
 
 
@@ -116,17 +111,18 @@ class SplitHead(Linear):
 
 
 def choose(x: torch.Tensor, linear: Linear, operation: str) -> str:
-    """Which product runs in an operation of MOST_ROWS: "matvec" (one row), "small_gemm" or "hopper_gemm" (up to that
-    many rows, on Hopper) or "library".
+    """Which product runs in an operation of MOST_ROWS: "matvec" (one row), "small_gemm" or "hopper_gemm" (on Hopper,
+    for the rows that the tables say) or "library".
     """
     if linear.is_prepacked or linear.kernels is not Kernels.ALL or not runs_triton(x):
         return "library"
-    rows, most = len(x), MOST_ROWS[operation]
+    rows = len(x)
     if rows == 1 and linear.in_features <= MAX_IN_FEATURES:
         return "matvec"
-    if FIRST_HOPPER_ROWS <= rows <= most["hopper_gemm"] and runs_hopper_gemm(x, linear.weight):
+    is_wide = operation != "linear_add" or linear.in_features >= 2 * linear.out_features  # o_proj: cuBLAS is faster
+    if is_wide and rows in HOPPER_ROWS.get(operation, ()) and runs_hopper_gemm(x, linear.weight):
         return "hopper_gemm"
-    return "small_gemm" if 1 < rows <= most["small_gemm"] and small_gemm_pays(x) else "library"
+    return "small_gemm" if 1 < rows <= MOST_ROWS[operation] and small_gemm_pays(x) else "library"
 
 
 def norm_linear(x: torch.Tensor, norm: Norm, linear: Linear) -> torch.Tensor:

@@ -221,7 +221,10 @@ def _plan(batch, num_kv_heads, max_len, row_bytes, device):
     if capability(device) < (8, 0):
         stages = 2
     elif capability(device) >= (9, 0):
-        if 128 <= programs < 512:
+        if programs <= 8 and max_len <= 8192:
+            # One sequence: parts of 64 tokens, up to 4,096 of context one block each, loaded before the wait.
+            splits, block_kv, num_warps, stages = 64, 64, 4, 2
+        elif 128 <= programs < 512:
             splits, block_kv, num_warps, stages = round(3 * num_sms(device) / programs), 128, 4, 3
             splits = splits if programs < 256 else 1
         elif 512 <= programs < 1024:

@@ -26,7 +26,7 @@ from common.attention import Decode, Prefill
 from common.equality import require_equal
 from common.errors import UserError
 from common.generation import StepTimes
-from common.kernels.linear import MOST_ROWS
+from common.kernels.linear import HOPPER_ROWS, MOST_ROWS
 from common.kernels.runtime import Kernels, runs_triton
 from common.kernels.small_gemm import small_gemm_pays
 from common.kv_cache import ContiguousKVCache
@@ -154,8 +154,8 @@ def ladder(model: Llama, backend: Backend, make_engine: Callable[..., Any], batc
 def own_products(model: Llama, batch_size: int) -> bool:
     """Whether a decode step of `batch_size` rows takes products of our own on this device."""
     x = model.embed_tokens
-    most_rows = max(max(kernels.values()) for kernels in MOST_ROWS.values())
-    return runs_triton(x) and (batch_size == 1 or (batch_size <= most_rows and small_gemm_pays(x)))
+    few = batch_size <= max(MOST_ROWS.values()) or any(batch_size in rows for rows in HOPPER_ROWS.values())
+    return runs_triton(x) and (batch_size == 1 or (few and small_gemm_pays(x)))
 
 
 def _check_memory(model: Llama) -> None:

@@ -100,6 +100,7 @@ class SymmetricMemory:
     """
 
     OPERATORS = ("one_shot_all_reduce", "two_shot_all_reduce_")
+    SUMMED = (torch.float32, torch.bfloat16)  # by torch's operators; ours sum float16 too
 
     def __init__(
         self, group: dist.ProcessGroup, device: torch.device, dtype: torch.dtype, max_bytes: int, *, pushes: bool
@@ -131,7 +132,9 @@ class SymmetricMemory:
     def algorithms(self, num_bytes: int) -> dict[str, AllReduce]:
         """Name -> all_reduce(x, residual=None), of those that take a tensor of that many bytes."""
         found: dict[str, AllReduce] = {}
-        if num_bytes <= self.buffer.nbytes and num_bytes % (16 * self.size) == 0:  # shared in 16-byte pieces
+        # torch's operators share a tensor in 16-byte pieces.
+        fits = num_bytes <= self.buffer.nbytes and num_bytes % (16 * self.size) == 0
+        if fits and self.buffer.dtype in self.SUMMED:
             found |= {"one_shot": self.one_shot, "two_shot": self.two_shot}
         if self.pusher is not None:
             found |= {

@@ -1,5 +1,7 @@
 """What all tests on a GPU share."""
 
+import gc
+
 import pytest
 import torch
 
@@ -11,3 +13,13 @@ def ieee_products():
     torch.backends.cuda.matmul.allow_tf32 = False
     yield
     torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture
+def empty_device():
+    """Nothing left of the tests before: their engines hold memory in cycles and torch keeps it in its own pool."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()

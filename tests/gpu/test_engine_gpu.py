@@ -211,7 +211,7 @@ def test_flashinfer_refuses_what_it_cannot_compute(model):
 
 
 @pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="takes all of the memory: not beside other processes")
-def test_the_pool_fills_what_a_step_leaves(half_model):
+def test_the_pool_fills_what_a_step_leaves(half_model, empty_device):
     """At 95 % of what is free after a trial of the largest step, the largest step still runs."""
     engine = Engine(half_model, max_requests=100_000 // 16, max_step_tokens=2048)
     free, _ = torch.cuda.mem_get_info()

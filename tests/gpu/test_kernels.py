@@ -12,7 +12,7 @@ import torch
 from common.kernels import matvec, paged_decode, paged_prefill, rms_norm, rope_append, silu_mul, small_gemm
 from common.kernels.hopper_gemm import runs_hopper_gemm
 from common.kernels.linear import (
-    FIRST_HOPPER_ROWS,
+    HOPPER_ROWS,
     MOST_ROWS,
     Linear,
     choose,
@@ -134,16 +134,15 @@ def test_named_operations_agree_whatever_runs(dtype, rows):
     logits = linear_float32(x, qkv)
     assert logits.dtype == torch.float32
     close(logits.to(dtype), x64 @ weights[0].T, dtype)
-    small, hopper = MOST_ROWS["norm_linear"].values()
-    if rows == 1:
-        want = "matvec"
-    elif dtype == torch.bfloat16 and FIRST_HOPPER_ROWS <= rows <= hopper and runs_hopper_gemm(x, qkv.weight):
-        want = "hopper_gemm"
-    elif torch.cuda.get_device_capability() >= (9, 0) and dtype != torch.float32 and rows <= small:
-        want = "small_gemm"
-    else:
-        want = "library"
-    assert choose(x, qkv, "norm_linear") == want
+    half_on_hopper = torch.cuda.get_device_capability() >= (9, 0) and dtype != torch.float32
+    for name, linear, given in (("norm_linear", qkv, x), ("linear_add", down, a), ("norm_gate_up_silu", gate_up, x)):
+        if rows == 1:
+            want = "matvec"
+        elif rows in HOPPER_ROWS.get(name, ()) and runs_hopper_gemm(given, linear.weight):
+            want = "hopper_gemm"
+        else:
+            want = "small_gemm" if half_on_hopper and rows <= MOST_ROWS[name] else "library"
+        assert choose(given, linear, name) == want, name
 
 
 class Paged:

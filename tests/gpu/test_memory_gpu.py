@@ -17,7 +17,7 @@ spec.loader.exec_module(growth)
 
 
 @pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="takes all of the memory: not beside other processes")
-def test_pages_cover_what_weights_graphs_and_the_largest_step_leave():
+def test_pages_cover_what_weights_graphs_and_the_largest_step_leave(empty_device):
     """So many requests that more pages would be of use; afterwards the largest step still runs."""
     model, _ = load("random:llama3-8b", device="cuda", dtype="bfloat16", context=8192, quiet=True)
     engine = Engine(model, max_requests=2048, max_step_tokens=8192)

@@ -179,6 +179,17 @@ def test_a_rank_without_it_decides_for_all(problems, monkeypatch):
     assert (symmetric, world.leave_at_once) == ((None, False) if no_peers else ("memory", True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_torch_s_all_reduces_are_asked_for_what_they_sum(dtype):
+    """They raise for float16, in the middle of a run on a GPU from before bfloat16."""
+    memory = object.__new__(collectives.SymmetricMemory)
+    memory.buffer, memory.size = torch.empty(1024, dtype=dtype), 2
+    memory.pusher = SimpleNamespace(NAMES=("push",), fits=lambda name, num_bytes: True, push="push")
+    torch_s = [] if dtype == torch.float16 else ["one_shot", "two_shot"]
+    assert list(memory.algorithms(512)) == [*torch_s, "push"]
+    assert list(memory.algorithms(520)) == ["push"]  # no whole 16-byte pieces for both
+
+
 def test_symmetric_memory_is_refused_by_name_on_a_cpu():
     assert "GPU" in collectives.why_unavailable(torch.device("cpu"))
     for choice in ("nccl", "symm"):

@@ -141,7 +141,7 @@ def test_a_first_block_is_held_in_registers_only_where_enough_programs_still_fit
     assert {batch: plan[4] for batch, plan in plans.items()} == {
         1: True, 8: True, 16: False, 32: True, 48: False, 64: True, 256: False,
     }  # fmt: skip
-    assert [plans[batch][1] for batch in (1, 8, 16, 32, 48, 64)] == [16, 32, 128, 128, 128, 64]
+    assert [plans[batch][1] for batch in (1, 8, 16, 32, 48, 64)] == [64, 32, 128, 128, 128, 64]
 
 
 def test_paged_decode_of_an_empty_row_is_zero():
