@@ -152,16 +152,23 @@ class Engine:
         """
         if self.model.device.type != "cuda":
             return
-        length = 17  # like most lengths: kernels are compiled anew for sizes of 1 and for multiples of 16
-        count = min(max_batch_size, 2, self.pool.capacity // pages_for(length, self.page_size))
-        requests = [Request(InputRequest("", 2, [0] * length), -1 - row) for row in range(count)]
-        if requests:
-            self.launch([Chunk(request, 0, length) for request in requests]).tokens()
-        for request in requests:
-            self.release(request)
+        self._warm_kernels()
         if self.graphs is not None:
             self.graphs.capture(min(max_batch_size, self.max_requests))
         torch.cuda.synchronize(self.model.device)
+
+    def _warm_kernels(self) -> None:
+        """Two prompts, one of them in two pieces: many tokens and few, with prior context and without, a decode beside
+        a piece. Kernels are compiled by such differences and not by sizes (`common.kernels.runtime.jit`).
+        """
+        long, short = (Request(InputRequest("", 2, [0] * n), -n) for n in (100, 17))
+        needed = sum(pages_for(request.max_tokens, self.page_size) for request in (long, short))
+        if needed > self.pool.num_free_pages or self.max_requests < 2 or long.max_tokens > self.max_context:
+            return
+        for chunks in ([Chunk(long, 0, 80), Chunk(short, 0, 17)], [Chunk(short, 17, 1), Chunk(long, 80, 20)]):
+            self.launch(chunks).tokens()
+        for request in (long, short):
+            self.release(request)
 
     def release(self, request: Request) -> None:
         """Give the request's pages and its line back; only when no launched step can touch them."""

@@ -150,6 +150,7 @@ def _open_real(args: argparse.Namespace, script_file: str, presets: Mapping[str,
     captured = engine.capture_graphs(running)
     if captured:
         print(captured)
+    engine.warm_up(running)
     print(engine.describe_pool())
     machine = simulate.machine_of(ready.ceilings, ready.dtype_name)
     facts = ready.provenance(backend=engine.backend.name, page_size=engine.page_size, kv_pages=engine.num_free_pages)

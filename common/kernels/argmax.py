@@ -28,7 +28,7 @@ def argmax_reference(logits: torch.Tensor) -> torch.Tensor:
     return logits.argmax(-1)
 
 
-@jit
+@jit(varies=["splits"])
 def _argmax_kernel(
     logits_ptr, out_ptr, best_ptr, index_ptr, arrivals_ptr, V, stride_r, splits,
     BLOCK: tl.constexpr, SPLITS_P2: tl.constexpr, PDL: tl.constexpr,

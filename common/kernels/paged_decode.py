@@ -82,7 +82,7 @@ def _part(length, split, splits, BLOCK_KV: tl.constexpr):
     return split * size, tl.minimum(split * size + size, length), tl.maximum(tl.cdiv(length, size), 1)
 
 
-@jit
+@jit(varies=["splits"], unaligned=["lens_ptr"])
 def _paged_decode_kernel(
     q_ptr, k_new_ptr, v_new_ptr, cos_ptr, sin_ptr, pages_ptr, table_ptr, lens_ptr, out_ptr, partial_ptr, lse_ptr,
     stride_qb, stride_qh, stride_nb, stride_nh, stride_page, stride_kv, stride_token, stride_head, stride_table,
@@ -175,7 +175,7 @@ def _paged_decode_kernel(
         tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask_q)
 
 
-@jit
+@jit(varies=["splits"], unaligned=["lens_ptr"])
 def _merge_kernel(
     partial_ptr, lse_ptr, lens_ptr, out_ptr, stride_ob, splits,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_S: tl.constexpr, EARLY: tl.constexpr,

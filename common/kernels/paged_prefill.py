@@ -83,7 +83,7 @@ def _attend(
     return acc, l, m
 
 
-@jit
+@jit(varies=["num_seqs"], unaligned=["table_ptr", "indptr_ptr", "lens_ptr"])
 def _paged_prefill_kernel(
     q_ptr, k_ptr, v_ptr, pages_ptr, table_ptr, indptr_ptr, lens_ptr, out_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_page, stride_kv, stride_token, stride_head, stride_table,

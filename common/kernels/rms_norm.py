@@ -47,7 +47,7 @@ def add_rms_norm_reference(x: torch.Tensor, residual: torch.Tensor, norm: Norm) 
     return rms_norm_reference(total, norm), total
 
 
-@jit
+@jit(varies=["T"])
 def _rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, T, D, stride_x, stride_r, stride_o, stride_s, eps,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,

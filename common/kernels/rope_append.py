@@ -37,7 +37,7 @@ def reference(qkv, pages, page_table, slots, positions, cos, sin, num_heads):
     return q, k, v
 
 
-@jit
+@jit(unaligned=["slots_ptr", "positions_ptr"])
 def _rope_append_kernel(
     qkv_ptr, pages_ptr, table_ptr, slots_ptr, positions_ptr, cos_ptr, sin_ptr,
     stride_t, stride_page, stride_kv, stride_token, stride_head, stride_table, stride_cos,

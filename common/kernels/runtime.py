@@ -45,9 +45,18 @@ class _AbsentKernel:
         raise UserError(f"{self.name} needs Triton, which is not installed here: use the plain torch version")
 
 
-def jit(function):
-    """`triton.jit`, or a stand-in that raises UserError when launched on a machine without Triton."""
-    return triton.jit(function) if HAS_TRITON else _AbsentKernel(function)
+def jit(function=None, *, varies=(), unaligned=()):
+    """`triton.jit`, or a stand-in that raises UserError when launched on a machine without Triton.
+
+    Triton compiles a kernel anew where an int is 1 or a multiple of 16 and where a pointer is one. For what changes
+    from step to step that means a second's wait in the middle of serving, and nothing gained. varies: ints that are
+    taken as they come; unaligned: pointers into the middle of index arrays.
+    """
+    if function is None:
+        return functools.partial(jit, varies=varies, unaligned=unaligned)
+    if not HAS_TRITON:
+        return _AbsentKernel(function)
+    return triton.jit(function, do_not_specialize=[*varies, *unaligned], do_not_specialize_on_alignment=list(unaligned))
 
 
 if HAS_TRITON and not INTERPRETED:

@@ -42,7 +42,7 @@ def _tile(
     return tile
 
 
-@jit
+@jit(varies=["T"])
 def _small_gemm_kernel(
     x_ptr, w_ptr, w_up_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr,
     T, N, K, stride_xt, stride_wn, stride_rt, stride_ot,

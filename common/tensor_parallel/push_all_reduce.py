@@ -106,7 +106,7 @@ def _look(
     return (missing << 32) | _pack(low, high, DTYPE).to(tl.uint32, bitcast=True).to(tl.int64)
 
 
-@jit
+@jit(varies=["num_words"])
 def _low_latency_kernel(
     x_ptr, residual_ptr, out_ptr, peers_ptr, counters_ptr, num_words,
     CAPACITY: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr, RANK: tl.constexpr, WORLD: tl.constexpr,
@@ -139,7 +139,7 @@ def _low_latency_kernel(
     tl.store(counters_ptr + program, count)
 
 
-@jit
+@jit(varies=["num_words"])
 def _push_kernel(
     x_ptr, residual_ptr, out_ptr, peers_ptr, flags_ptr, counters_ptr, num_words,
     CAPACITY: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr, RANK: tl.constexpr,

@@ -67,22 +67,26 @@ def test_triton_takes_the_listener(monkeypatch):
     assert knobs.compilation.listener is times
 
 
-@pytest.mark.parametrize("pages, prompts", [(100, 2), (6, 1), (2, 0)])
-def test_warming_up_a_gpu_captures_the_graphs_and_leaves_nothing(pages, prompts, pretend_gpu, monkeypatch):
-    model, _ = pretend_gpu
-    engine = Engine(model, page_size=4, num_pages=pages, max_requests=9)
+@pytest.mark.parametrize("pages, steps", [(100, 2), (31, 2), (30, 0)])
+def test_warming_up_reads_two_prompts_and_leaves_nothing(pages, steps, pretend_gpu):
+    """26 pages of 4 for 102 tokens and 5 for 19: a pool that is too small for them stays cold."""
+    engine = Engine(pretend_gpu[0], page_size=4, num_pages=pages, max_requests=9)
     launched, launch = [], engine.launch
-    engine.launch = lambda chunks: launched.append(len(chunks)) or launch(chunks)
+    engine.launch = lambda chunks: launched.append([chunk[1:] for chunk in chunks]) or launch(chunks)
     engine.warm_up(5)
     assert launched == [] and engine.graphs._graphs == {}  # the device is a CPU: there is nothing to make ready
-    on_gpu = SimpleNamespace(config=model.config, device=SimpleNamespace(type="cuda"))
+    engine._warm_kernels()
+    assert launched == [[(0, 80), (0, 17)], [(17, 1), (80, 20)]][:steps]
+    assert engine.num_free_pages == pages and len(engine._free_slots) == 9
+
+
+def test_warming_up_a_gpu_captures_the_graphs_too(pretend_gpu, monkeypatch):
+    model, _ = pretend_gpu
+    engine, done = Engine(model, page_size=4, num_pages=40, max_requests=9), []
+    engine.model = SimpleNamespace(config=model.config, device=SimpleNamespace(type="cuda"))
     monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
-    real = engine.model
-    engine.model = on_gpu
-    engine.launch = lambda chunks: launched.append(len(chunks)) or SimpleNamespace(tokens=lambda: None)
-    engine.graphs.capture = lambda size: launched.append(f"graphs to {size}")
+    engine._warm_kernels = lambda: done.append("kernels")
+    engine.graphs.capture = lambda size: done.append(f"graphs to {size}")
     engine.warm_up(5)
     engine.warm_up(20)
-    assert launched == [*[prompts][: prompts > 0], "graphs to 5", *[prompts][: prompts > 0], "graphs to 9"]
-    engine.model = real
-    assert engine.num_free_pages == pages and len(engine._free_slots) == 9
+    assert done == ["kernels", "graphs to 5", "kernels", "graphs to 9"]
