@@ -17,6 +17,7 @@ from common.batching.peers import HuggingFace
 from common.batching.progress import Progress
 from common.batching.setup import Setup
 from common.errors import CheckFailed, UserError
+from common.scripts.start_up import KernelTimes
 from common.serving import InputRequest, Request
 
 AT_LOAD = " load"  # how the name of a policy ends whose requests arrive as `--load` says
@@ -164,9 +165,16 @@ def serve_all(
     if peer is not None and not files.has(peer.policy):
         todo.append(peer)
     runs: list[list[Run]] = [[] for _ in todo]
+    kernels = KernelTimes().listen() if setup.device_type == "cuda" else KernelTimes()
     for repeat in range(args.repeats):
         for one, mine in zip(todo, runs):
+            before = replace(kernels)
             mine.append(one.serve(given, args) if one is peer else serve(one, setup, given, args))
+            if one is not peer and (compiled := kernels.compiled - before.compiled):
+                print(
+                    f"{one.label}: {compiled} kernels were compiled while it served, which took "
+                    f"{kernels.seconds - before.seconds:.1f} s of it; a second run finds them on the disk"
+                )
             if repeat == args.repeats - 1 and setup.writes:
                 files.write(median_run(mine), engine=peer.name if one is peer else "ours")
     return [median_run(mine) for one, mine in zip(todo, runs) if one is not peer]

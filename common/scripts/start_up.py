@@ -10,14 +10,17 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 
+@dataclass
 class KernelTimes:
     """Adds up what Triton reports of the kernels it makes ready: a listener in the form that it calls."""
 
-    def __init__(self) -> None:
-        self.seconds, self.compiled, self.cached = 0.0, 0, 0
+    seconds: float = 0.0
+    compiled: int = 0
+    cached: int = 0
 
     def __call__(self, *, times: Any, cache_hit: bool, **_: Any) -> None:
         self.seconds += times.total / 1e6  # microseconds
