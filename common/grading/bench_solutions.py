@@ -1,8 +1,8 @@
 """How fast is each step of each lab's ladder on this GPU, beside a copy of the same bytes and the peers?
 
 Builds every solution with nvcc, checks it on the quick cases and, at the timed size, against float64; times all
-solutions of a lab in one process, in turn with the copy and the peers; measures copies between host and device. Goes on
-after a failure and exits 1 at the end.
+solutions of a lab in one process, in turn with the peers and two copies, of which the faster is the ceiling; measures
+copies between host and device. Goes on after a failure and exits 1 at the end.
 
 Writes solutions.csv (with its provenance, solutions.json), solutions.png, transfer.csv, transfer.json and transfer.png.
 Needs a GPU and nvcc.
@@ -114,7 +114,7 @@ def _rows(lab: Lab, measured: dict) -> list[dict]:
         kind = "copy" if name == "copy" else "solution" if name in stems else "peer"
         share = 100 * copy_us / figures["time_us"] if copy_us else None
         suspect = kind == "solution" and share is not None and share > 100 * gpu.SUSPECT_ABOVE
-        figures = {key: value if key == "form" else round(value, 3) for key, value in figures.items()}
+        figures = {key: value if isinstance(value, str) else round(value, 3) for key, value in figures.items()}
         figures["gb_per_s"] = round(measured["bytes"] / figures["time_us"] * 1e-3, 2)
         figures["percent_of_copy"] = None if share is None else round(share, 2)
         outcome = "suspect" if suspect else "correct" if kind == "solution" else ""

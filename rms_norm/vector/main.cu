@@ -20,8 +20,14 @@
         }                                                                                            \
     } while (0)
 
-// The ceiling: a kernel that only copies, 16 bytes a load, four loads in flight.
+// The ceiling: the faster of two kernels that only copy, since which it is differs between GPUs. One vector of 16 bytes
+// a thread, or four in flight with the hint that nothing is used twice.
 __global__ void copy_kernel(const float4 *from, float4 *to, size_t count) {
+    size_t at = static_cast<size_t>(blockIdx.x) * 256 + threadIdx.x;
+    if (at < count) to[at] = from[at];
+}
+
+__global__ void copy_streamed_kernel(const float4 *from, float4 *to, size_t count) {
     size_t first = static_cast<size_t>(blockIdx.x) * 1024 + threadIdx.x;
     float4 v[4];
 #pragma unroll
@@ -99,12 +105,13 @@ int main(int argc, char **argv) {
     double bytes = 3.0 * count * sizeof(float);
     size_t copied = count / 4;
     double own = seconds(run, 20);
-    double copy = seconds([&](int i) {
-        copy_kernel<<<(copied + 1023) / 1024, 256>>>(reinterpret_cast<float4 *>(input[i % sets]),
-                                                      reinterpret_cast<float4 *>(output[i % sets]), copied);
-    }, 20);
+    auto from = [&](int i) { return reinterpret_cast<float4 *>(input[i % sets]); };
+    auto to = [&](int i) { return reinterpret_cast<float4 *>(output[i % sets]); };
+    double copy = seconds([&](int i) { copy_kernel<<<(copied + 255) / 256, 256>>>(from(i), to(i), copied); }, 20);
+    double streamed = seconds(
+        [&](int i) { copy_streamed_kernel<<<(copied + 1023) / 1024, 256>>>(from(i), to(i), copied); }, 20);
     CHECK(cudaGetLastError());
-    double copy_speed = 2.0 * copied * sizeof(float4) / copy;
+    double copy_speed = 2.0 * copied * sizeof(float4) / std::min(copy, streamed);
     printf("correct. %.1f us, %.0f GB/s; a copy kernel: %.0f GB/s; share: %.0f %%\n", own * 1e6, bytes / own * 1e-9,
            copy_speed * 1e-9, 100.0 * bytes / own / copy_speed);
     return 0;

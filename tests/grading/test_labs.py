@@ -54,6 +54,53 @@ def test_solution_is_correct(lab_name, step):
     assert report.earned == report.possible == 80
 
 
+def vector_params() -> list:
+    """(lab, step that uses float4, a pointer of its function)."""
+    found = []
+    for name in CUDA_LABS:
+        for step in get(name).solutions():
+            if "float4" in step.read_text():
+                found += [
+                    pytest.param(name, step, pointer, id=f"{name}/{step.stem}/{pointer}")
+                    for pointer in re.findall(r"float \*(\w+)", get(name).signature)
+                ]
+    return found
+
+
+def with_one_pointer_moved(lab, step: Path, moved: str) -> str:
+    """The step behind a function that hands it copies, of which one starts 4 bytes after a multiple of 16."""
+    pointers = re.findall(r"float \*(\w+)", lab.signature)
+    sizes = re.findall(r"int (\w+)", lab.signature)
+    length = {name: sizes[-1] if name == "weight" else " * ".join(sizes) for name in pointers}
+    lines = [step.read_text().replace(f"void {lab.function}(float", "void solution(float"), lab.signature + " {"]
+    for name in pointers:
+        lines += [
+            f"    float *memory_{name};",
+            f"    cudaMalloc(&memory_{name}, ({length[name]} + 1) * sizeof(float));",
+            f"    float *my_{name} = memory_{name} + {int(name == moved)};",
+        ]
+        if name != "output":
+            lines += [f"    cudaMemcpy(my_{name}, {name}, {length[name]} * sizeof(float), cudaMemcpyDeviceToDevice);"]
+    arguments = [*(f"my_{name}" for name in pointers), *sizes, *re.findall(r"float (\w+)", lab.signature)]
+    lines += [
+        f"    solution({', '.join(arguments)});",
+        f"    cudaMemcpy(output, my_output, {length['output']} * sizeof(float), cudaMemcpyDeviceToDevice);",
+        *(f"    cudaFree(memory_{name});" for name in pointers),
+        "}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+@needs_compiler
+@pytest.mark.parametrize("lab_name, step, moved", vector_params())
+def test_vector_solution_takes_addresses_that_are_no_multiple_of_16(tmp_path, lab_name, step, moved):
+    """A slice of a tensor may start at any float; the grader's own buffers start at a multiple of 16."""
+    lab = get(lab_name)
+    (tmp_path / lab.source).write_text(with_one_pointer_moved(lab, step, moved))
+    report = grade(lab, tmp_path / lab.source, Options(quick=True, **OFFLINE))
+    assert report.outcome is Outcome.CORRECT, (report.lesson, report.cases)
+
+
 @pytest.mark.parametrize("lab_name, name, want", conf.all_wrong())
 def test_wrong_file_teaches_its_lesson(lab_name, name, want):
     source = HERE / "wrong" / lab_name / (name + Path(get(lab_name).source).suffix)

@@ -1,14 +1,12 @@
-"""Step 3: several 16-byte loads in flight a thread, offsets of 64 bits, nothing kept in the cache.
+"""Step 2: eight 16-byte loads in flight a thread, and nothing kept in the cache.
 
 What changed: 4096 elements for four warps are 32 a thread, eight independent 16-byte loads in float32, so the memory
 system always has work waiting. Data that is used once is marked evict_first. Offsets are 64-bit: a tensor may have more
 than 2^31 elements.
-Predicted: the copy of the same bytes. The limit is memory.
-Measured: not yet.
-
-A non-contiguous input is copied first (`contiguous`), which doubles its cost: reading with strides in the kernel would
-save that, and is left as an exercise. One whose elements fill memory without gaps (a transposed matrix) needs neither:
-the function is pointwise, so the order does not matter.
+Predicted: the copy of the same bytes, and the end of the ladder.
+Measured: 138.3 us = 3,883 GB/s (one H200, CUDA graph over distinct buffers), 2.3 times step 1. A copy in CUDA with
+hints of the same kind took 137.3 us, so as predicted; only that copy was no ceiling: torch's SiLU took 127.9 us beside
+it, and so does step 3.
 """
 
 import torch
@@ -25,19 +23,8 @@ def silu_kernel(input_ptr, output_ptr, n, BLOCK: tl.constexpr):
     tl.store(output_ptr + offsets, y.to(output_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 
 
-def _fills_its_memory(x: torch.Tensor) -> bool:
-    """Whether the elements lie together, in whatever order: then empty_like keeps that order."""
-    strides = sorted((stride, size) for stride, size in zip(x.stride(), x.shape) if size != 1)
-    step = 1
-    for stride, size in strides:
-        if stride != step:
-            return False
-        step *= size
-    return True
-
-
 def silu_triton(input: torch.Tensor) -> torch.Tensor:
-    x = input if _fills_its_memory(input) else input.contiguous()
+    x = input.contiguous()
     output = torch.empty_like(x)
     block = 4096
     silu_kernel[(triton.cdiv(x.numel(), block),)](x, output, x.numel(), BLOCK=block, num_warps=4)

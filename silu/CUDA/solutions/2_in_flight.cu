@@ -1,12 +1,13 @@
-// Step 3: four loads in flight a thread, and nothing kept in the cache that is used once.
+// Step 2: 16 bytes a load, four loads in flight a thread, and nothing kept in the cache that is used once.
 //
-// What changed: a thread issues four independent 16-byte loads before it uses the first, so the memory system always has
-// work waiting; loads and stores carry the streaming hint; the division is the hardware's approximate one.
-// Predicted: the speed of a copy of the same bytes: 512 MiB in and out for 8192 x 8192 floats, and about ten
-// instructions a float, which the multiprocessors do in the time that memory needs for the next. The limit is memory;
-// what keeps any kernel from the data sheet's figure is the turn-around between reading and writing, which the copy pays
-// too.
-// Measured: not yet.
+// What changed: a thread issues four independent 16-byte loads before it uses the first, so the memory system always
+// has work waiting; loads and stores carry the streaming hint; expf became __expf, which is two instructions instead of
+// eight and as good for this purpose (its error grows with |x|, but there the result is 0 or x); the division is the
+// hardware's approximate one.
+// Predicted: the speed of a copy of the same bytes, and the end of the ladder: 512 MiB in and out for 8192 x 8192
+// floats, and about ten instructions a float, which the multiprocessors do in the time that memory needs for the next.
+// Measured: 135.1 us = 3,973 GB/s (one H200, CUDA graph over distinct buffers). A copy made in the same way took 137.3
+// us, so as predicted; only that copy was no ceiling: torch's SiLU took 128.0 us beside it, and so does step 3.
 #include "silu.h"
 
 #include <cuda_runtime.h>
