@@ -5,10 +5,14 @@ A group of one rank sums nothing, but everything is launched, captured, replayed
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,10 @@ import torch
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "tests" / "common" / "rank_programs" / "one_gpu.py"
+LOOP = PROGRAM.with_name("loop.py")
+spec = importlib.util.spec_from_file_location("processes", ROOT / "tests" / "common" / "test_distributed.py")
+processes = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(processes)
 
 
 def torchrun(*arguments):
@@ -44,6 +52,24 @@ def test_decode_graphs_hold_the_collectives_and_the_process_ends(choice):
         assert set(found["sums"]) == {"as chosen", "library", "one_shot", "two_shot", "low_latency", "push"}
     if choice == "symm":
         assert len(found["lines"]) == 2 and not any("using library" in line for line in found["lines"])
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped", "late"])
+def test_a_rank_in_a_spinning_kernel_is_ended(how, tmp_path):
+    """Its collective waits on the GPU for a rank that is gone, or for longer than was said: nothing but the heartbeat
+    can end it, since the main thread waits for the device.
+    """
+    run = processes.Run([LOOP, "spin:8" if how == "late" else "spin:600"], tmp_path)
+    pids = run.pids(2)
+    end = time.monotonic() + 60
+    while "spinning" not in run.err.read_text() and time.monotonic() < end:
+        time.sleep(0.1)
+    if how != "late":
+        os.kill(pids[1], signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+    code, lines = run.wait()
+    named = {"killed": "rank 1.*(killed|gone)", "stopped": "rank 1.*no sign of life", "late": "the kernel"}[how]
+    assert code == 1 and any(re.search(named, line) for line in lines), lines
+    assert processes.gone(pids.values())
 
 
 @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="needs a machine with exactly one GPU")

@@ -2,8 +2,9 @@
 
 loop.py [--world N] MODE...: "run" sums until it is ended, "sums:N" N times, "raise:R" ends rank R by a UserError after
 some sums, "facts:R" gives rank R another fact, "hang:R" leaves rank R out of the sums, its heart still beating;
-"stuck" makes the interpreter's own end take for ever on all ranks.
-Prints "pid RANK PID" to stderr when all have met, and "done" at rank 0.
+"stuck" makes the interpreter's own end take for ever on all ranks; "spin:S" keeps rank 0 waiting for a kernel on a GPU
+that waits for ever for what the other rank never writes, S seconds at most. Prints "pid RANK PID" to stderr when all
+have met, and "done" at rank 0.
 """
 
 import argparse
@@ -19,6 +20,18 @@ from common import cli, distributed, heartbeat
 from common.errors import UserError
 
 
+def spin():
+    """Returns when the kernel ends: never."""
+    import torch
+
+    from common.tensor_parallel.push_all_reduce import PushAllReduce, buffer_bytes
+
+    buffers = [torch.zeros(buffer_bytes(2) // 8, dtype=torch.int64, device="cuda") for _ in range(2)]
+    PushAllReduce(0, buffers).low_latency(torch.ones(2048, dtype=torch.float16, device="cuda"))
+    sys.stderr.write("spinning\n")
+    torch.cuda.synchronize()
+
+
 def main(args):
     import torch
     import torch.distributed as dist
@@ -32,6 +45,9 @@ def main(args):
         world.require_same("fact", {"number": int(modes.get("facts", "-1") == str(world.rank))})
         if "stuck" in modes:
             atexit.register(time.sleep, 600)
+        if "spin" in modes:
+            world.heartbeat.expect_within(float(modes["spin"]), "the kernel")
+            spin() if world.is_first else time.sleep(600)
         count = int(modes.get("sums", 10**9))
         for i in range(count):
             if i == 5 and modes.get("raise") == str(world.rank):
