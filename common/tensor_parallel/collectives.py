@@ -194,6 +194,9 @@ def make_symmetric(
         except UserError as error:
             problem = str(error)
         problem = next((text for text in world.exchange(problem) if text), None)
+        if problem is None and symmetric.pusher is not None:  # a smaller device than ours holds fewer programs
+            limits = world.exchange(symmetric.pusher.max_bytes)
+            symmetric.pusher.max_bytes = {name: min(each[name] for each in limits) for name in limits[0]}
     return (symmetric if problem is None else None), problem, no_push
 
 

@@ -164,19 +164,22 @@ def test_a_rank_without_it_decides_for_all(problems, monkeypatch):
 
         def exchange(self, value):
             other = problems[::-1] if isinstance(value, list) else None
-            return [value, other]
+            return [value, {"push": 7, "low_latency": 99} if isinstance(value, dict) else other]
 
     made = []
+    memory = SimpleNamespace(pusher=SimpleNamespace(max_bytes={"push": 8, "low_latency": 9}))
     monkeypatch.setattr(collectives, "why_unavailable", lambda device: None)
     monkeypatch.setattr(collectives.push_all_reduce, "why_unavailable", lambda device, dtype: None)
-    monkeypatch.setattr(collectives, "SymmetricMemory", lambda *args, pushes: made.append(pushes) or "memory")
+    monkeypatch.setattr(collectives, "SymmetricMemory", lambda *args, pushes: made.append(pushes) or memory)
     world = World()
     world.group = None
     symmetric, problem, no_push = collectives.make_symmetric(world, torch.float32, 1 << 20)
     no_peers, no_triton = problems[::-1]
     assert (problem, no_push) == (no_peers, no_triton)
     assert made == ([] if no_peers else [no_triton is None])
-    assert (symmetric, world.leave_at_once) == ((None, False) if no_peers else ("memory", True))
+    assert (symmetric, world.leave_at_once) == ((None, False) if no_peers else (memory, True))
+    # The other rank has fewer multiprocessors: what one takes, all must take.
+    assert memory.pusher.max_bytes["push"] == (8 if no_peers else 7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
