@@ -2,7 +2,7 @@
 
     fig, ax = plots.new_figure("How does time grow with the output?")
     plots.band(ax, xs, time, p10, p90, "no cache")
-    plots.ceiling_line(ax, ceiling, "memory ceiling")
+    plots.ceiling_line(ax, ceiling, "memory ceiling", "GB/s")
     plots.log2_axis(ax, xs)
     ax.set(xlabel="output tokens", ylabel="seconds")
     plots.save(fig, csv_path.with_suffix(".png"), plots.footer(csv_path))
@@ -12,8 +12,9 @@ Figures are made without pyplot: no window, no global list of figures that grows
 
 import io
 import math
+import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, Formatter, LogLocator, NullLocator
 
 from common.results import read_json, write_atomic
 
@@ -29,6 +30,8 @@ DPI = 120
 WIDTH, HEIGHT = 10.0, 5.8  # inches of a figure with one panel: 1200 x 696 pixels
 MAX_TICKS = 12
 MAX_LEGEND_INSIDE = 6
+TICK_GAP = 0.5  # between two labels of an axis, in heights of its letters
+WIDE_SPREAD = 20.0  # the largest value over the median, from which a linear axis lays most values on the floor
 # Okabe and Ito's palette, which people with any of the common colour deficiencies can tell apart; yellow is left out,
 # too pale on white. Markers differ too, so that a print in grey can be read.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -113,22 +116,79 @@ def band(
         ax.fill_between(xs, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
 
 
-def ceiling_line(ax: Axes, value: float, label: str) -> None:
-    """What the machine allows: a dashed horizontal line, named in the legend with its value."""
+def ceiling_line(ax: Axes, value: float, label: str, unit: str = "", *, digits: int = 4) -> None:
+    """What the machine allows: a dashed horizontal line, named in the legend with its value and unit."""
     count = sum(1 for line in ax.lines if line.get_gid() == "ceiling")
     ax.axhline(
         value,
         color=CEILING_COLOUR,
         linestyle=("--", ":", "-.")[count % 3],
         linewidth=1.8,
-        label=f"{label}: {value:,.4g}" if value < 1000 else f"{label}: {value:,.0f}",
+        label=ceiling_text(value, label, unit, digits),
         gid="ceiling",
         zorder=1.5,
     )
 
 
+def ceiling_text(value: float, label: str, unit: str = "", digits: int = 4) -> str:
+    """ "memory ceiling: 4,590 GB/s": the legend's words for a ceiling."""
+    return f"{label}: {number(value, digits)} {unit}".rstrip()
+
+
+def number(value: float, digits: int = 4) -> str:
+    """A value in a picture: 0.01235, 12.35, 1,235, 12,346; never 1.235e+04."""
+    text = f"{value:.{digits}g}"
+    return text if abs(float(text)) < 1000 else f"{value:,.0f}"
+
+
+class FittingLabels(Formatter):
+    """Labels of `text(value)`, at as many ticks as have room: one that would come too near the last is left out.
+
+    Decided when the figure is drawn, since the width of a panel is known only then. All labels ask for the room of the
+    widest, so that of regular ticks every second or third keeps its label, not now this and now that.
+    """
+
+    def __init__(self, text: Callable[[float], str]) -> None:
+        self._text = text
+
+    def __call__(self, value: float, pos: int | None = None) -> str:
+        return self._text(value)
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        labels = [self._text(value) for value in values]
+        low, high = sorted(self.axis.get_view_interval())
+        shown = [i for i, value in enumerate(values) if low <= value <= high]
+        if len(shown) < 2:
+            return labels
+        room, places = self._room([labels[i] for i in shown]), self._places(values)
+        last = -math.inf
+        for i in sorted(shown, key=places.__getitem__):
+            if places[i] - last < room:
+                labels[i] = ""
+            else:
+                last = places[i]
+        return labels
+
+    def _room(self, labels: Sequence[str]) -> float:
+        """Pixels from the middle of a label to the middle of the next, at least."""
+        renderer = self.axis.axes.figure.canvas.get_renderer()
+        font = self.axis.get_major_ticks(1)[0].label1.get_fontproperties()
+        widths, heights, _ = zip(*(renderer.get_text_width_height_descent(label, font, False) for label in labels))
+        along = widths if self.axis.axis_name == "x" else heights
+        return max(along) + TICK_GAP * max(heights)
+
+    def _places(self, values: Sequence[float]) -> list[float]:
+        """Where the ticks stand, in pixels along the axis."""
+        ax, along_x = self.axis.axes, self.axis.axis_name == "x"
+        points = [(value, 0) if along_x else (0, value) for value in values]
+        transform = ax.get_xaxis_transform() if along_x else ax.get_yaxis_transform()
+        return [float(point[0 if along_x else 1]) for point in transform.transform(points)]
+
+
 def log2_axis(ax: Axes, values: Sequence[float], axis: str = "x") -> None:
-    """A log2 scale with ticks at the values, labelled 1, 2, 4, 128, 1k, 2k; of many values the powers of two."""
+    """A log2 scale with ticks at the values, labelled 1, 2, 4, 128, 1k, 2k; of many values the powers of two. Labels
+    without room are left out.
+    """
     ticks = sorted({value for value in values if value > 0})
     if not ticks:
         return
@@ -139,7 +199,7 @@ def log2_axis(ax: Axes, values: Sequence[float], axis: str = "x") -> None:
     (ax.set_xscale if axis == "x" else ax.set_yscale)("log", base=2)
     which.set_major_locator(FixedLocator(ticks))
     which.set_minor_locator(NullLocator())
-    which.set_major_formatter(lambda value, _: size_label(value))
+    which.set_major_formatter(FittingLabels(size_label))
     if axis == "x":
         low, high = min(v for v in values if v > 0), max(values)
         pad = 2.0 ** max(0.15, 0.04 * math.log2(high / low))
@@ -147,16 +207,36 @@ def log2_axis(ax: Axes, values: Sequence[float], axis: str = "x") -> None:
 
 
 def log_axis(ax: Axes, axis: str = "y") -> None:
-    """A decimal log scale whose ticks read 0.1, 0.2, 0.5, 1 instead of powers of ten."""
+    """A decimal log scale whose ticks read 0.1, 0.2, 0.5, 1 instead of powers of ten; more of them in a short range."""
     which = ax.yaxis if axis == "y" else ax.xaxis
     (ax.set_yscale if axis == "y" else ax.set_xscale)("log")
     if axis == "y":
         ax.margins(y=0.12)
     low, high = sorted(ax.get_ylim() if axis == "y" else ax.get_xlim())
-    steps = (1.0, 2.0, 5.0) if high / low < 1e4 else (1.0,)
+    steps: Sequence[float] = (1.0, 2.0, 5.0) if high / low < 1e4 else (1.0,)
+    if high / low < 12:
+        steps = [float(step) for step in range(1, 10)]
     which.set_major_locator(LogLocator(base=10, subs=steps, numticks=30))
     which.set_minor_locator(NullLocator())
-    which.set_major_formatter(lambda value, _: f"{value:,.6g}")
+    which.set_major_formatter(FittingLabels(lambda value: f"{value:,.6g}"))
+
+
+def shared_y_axis(axes: Sequence[Axes], values: Sequence[float]) -> None:
+    """One y axis for panels of a kind, from 0; logarithmic where the largest value is over 20 times the median, which
+    a linear axis would lay on the floor. The labels say which: " (log)".
+    """
+    positive = [value for value in values if value > 0]
+    if positive and max(positive) > WIDE_SPREAD * statistics.median(positive):
+        low, high = min(positive), max(positive)
+        for ax in axes:
+            ax.set_yscale("log")
+            ax.set_ylim(low / 1.3, high * 1.3)
+            log_axis(ax)
+            ax.set_ylabel(f"{ax.get_ylabel()} (log)")
+        return
+    top = max((ax.get_ylim()[1] for ax in axes), default=1.0)
+    for ax in axes:
+        ax.set_ylim(0, top)
 
 
 def size_label(value: float) -> str:
@@ -191,6 +271,23 @@ def save(fig: Figure, path: str | Path, footer: str) -> Path:
     path = Path(path)
     write_atomic(path, buffer.getvalue())
     return path
+
+
+def legend_panel(ax: Axes, handles: Sequence[Any], **kw: Any) -> None:
+    """A panel that holds nothing but a legend shared by the others: what three panels leave empty."""
+    ax.set_axis_off()
+    ax.legend(handles=handles, loc="center", borderaxespad=0, labelspacing=0.6, **kw)
+
+
+def legend_below(ax: Axes, *, columns: int = 2, handles: Sequence[Any] | None = None) -> None:
+    """Under the panel, for panels whose bars leave no room for a legend."""
+    ax.legend(
+        handles=handles if handles is not None else ax.get_legend_handles_labels()[0],
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.12),
+        ncols=columns,
+        borderaxespad=0,
+    )
 
 
 def _legend(ax: Axes) -> None:

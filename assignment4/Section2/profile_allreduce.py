@@ -134,8 +134,8 @@ def finish(args, file):
 
 
 def conclusion(rows):
-    """The fit of each algorithm, and the size from which bandwidth counts more than latency."""
-    from common.allreduce.plot import fit, series
+    """The fit of each algorithm, the size from which bandwidth counts more than latency, and who is fastest."""
+    from common.allreduce.plot import fit, leaders_in_words, series
 
     parts = []
     for name, points in series(rows).items():
@@ -143,9 +143,11 @@ def conclusion(rows):
         if fitted:
             alpha, beta = fitted
             parts.append(
-                f"{name}: {1e6 * alpha:.3g} us + bytes / {beta / 1e9:.3g} GB/s; above {alpha * beta / 1024:,.0f} KiB "
-                "the bytes take longer than the latency"
+                f"{name}: {cli.format_value(1e6 * alpha)} us + bytes / {beta / 1e9:.3g} GB/s; above "
+                f"{alpha * beta / 1024:,.0f} KiB the bytes take longer than the latency"
             )
+    leads = leaders_in_words(series(rows))
+    parts += [f"fastest: {', '.join(leads)}"] if leads else []
     return "\n".join(parts) or "too few sizes for a fit of latency and bandwidth"
 
 

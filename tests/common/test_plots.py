@@ -105,6 +105,70 @@ def test_log2_axis_shows_every_point_with_at_most_twelve_exact_ticks(values):
     assert labels == [plots.size_label(tick) for tick in ticks]
 
 
+def shown_labels(ax, axis="x"):
+    """(tick, text, box) of the labels that can be seen, in the drawn figure."""
+    which, limits = (ax.xaxis, ax.get_xlim()) if axis == "x" else (ax.yaxis, ax.get_ylim())
+    ticks = zip(which.get_majorticklocs(), which.get_ticklabels())
+    found = [(at, label) for at, label in ticks if label.get_text() and limits[0] <= at <= limits[1]]
+    return [(at, label.get_text(), label.get_window_extent()) for at, label in found]
+
+
+def apart(boxes, axis="x"):
+    edges = [(box.x0, box.x1) if axis == "x" else (box.y0, box.y1) for box in boxes]
+    return all(one[1] < other[0] for one, other in itertools.pairwise(sorted(edges)))
+
+
+@pytest.mark.parametrize("panels, ratios", [(2, (1, 2)), (2, (1, 5)), (1, (1,)), (4, (1, 1))])
+def test_sizes_from_kilobytes_to_gigabytes_keep_their_labels_apart(tmp_path, panels, ratios):
+    """2^10..2^30 in a third of the figure, in less and in more: no two labels touch, the same number of ticks apart."""
+    fig, axes = plots.new_figure("t", panels=panels, width_ratios=ratios)
+    ax = axes if panels == 1 else axes[0]
+    sizes = [2**e for e in range(10, 31)]
+    plots.band(ax, sizes, sizes, None, None, "time")
+    plots.log2_axis(ax, sizes)
+    plots.save(fig, tmp_path / "x.png", "f")
+    shown = shown_labels(ax)
+    assert len(shown) >= 3 and apart([box for _, _, box in shown]), [text for _, text, _ in shown]
+    assert [text for _, text, _ in shown] == [plots.size_label(at) for at, _, _ in shown]
+    strides = {math.log2(b[0] / a[0]) for a, b in itertools.pairwise(shown)}
+    assert len(strides) == 1, "one stride for all"
+    if panels == 1:
+        assert len(shown) == len([t for t in ax.get_xticks() if t <= 2**30]), "with room for all none is left out"
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(1, 2**24), min_size=1, max_size=12), st.sampled_from(["x", "y"]))
+def test_labels_of_any_sizes_stay_apart(values, axis):
+    fig, axes = plots.new_figure("t", panels=4)
+    axes[0].plot(values, values)
+    plots.log2_axis(axes[0], values, axis)
+    fig.canvas.draw()
+    shown = shown_labels(axes[0], axis)
+    assert shown and apart([box for _, _, box in shown], axis), [text for _, text, _ in shown]
+
+
+@pytest.mark.parametrize("values, is_log", [([10, 11, 12, 230], False), ([10, 11, 12, 250], True), ([0, 0, 5], False)])
+def test_panels_share_a_log_axis_only_where_the_largest_is_far_above_the_median(values, is_log):
+    _, axes = plots.new_figure("t", panels=2)
+    for ax, part in zip(axes, (values[:2], values[2:])):
+        ax.plot(range(len(part)), part)
+        ax.set_ylabel("ms")
+    plots.shared_y_axis(axes, values)
+    assert {ax.get_yscale() for ax in axes} == {"log" if is_log else "linear"}
+    assert {ax.get_ylabel() for ax in axes} == {"ms (log)" if is_log else "ms"}
+    (low, high), second = (ax.get_ylim() for ax in axes)
+    assert (low, high) == second and low <= min(values) and max(values) < high
+    assert is_log or low == 0
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(9350.0, "9,350"), (12345678.9, "12,345,679"), (999.96, "1,000"), (999.9, "999.9"), (1.6061, "1.606"), (0, "0")],
+)
+def test_numbers_are_never_in_powers_of_ten(value, text):
+    assert plots.number(value) == text
+
+
 def drawn_figure(panels: int, series: int):
     fig, axes = plots.new_figure("A long question " * 12, panels=panels)
     axes = [axes] if panels == 1 else axes
@@ -151,8 +215,8 @@ def test_series_look_different_and_gaps_are_gaps():
 def test_the_ceiling_is_inside_the_picture_and_named_with_its_value():
     _, ax = plots.new_figure("t")
     plots.band(ax, [1, 2], [1.0, 2.0], None, None, "ours")
-    plots.ceiling_line(ax, 4590.4, "read ceiling (GB/s)")
-    plots.ceiling_line(ax, 56.78, "copy ceiling (GB/s)")
+    plots.ceiling_line(ax, 4590.4, "read ceiling", "GB/s")
+    plots.ceiling_line(ax, 56.78, "no unit")
     assert ax.get_ylim()[1] > 4590.4
-    assert ax.get_legend_handles_labels()[1] == ["ours", "read ceiling (GB/s): 4,590", "copy ceiling (GB/s): 56.78"]
+    assert ax.get_legend_handles_labels()[1] == ["ours", "read ceiling: 4,590 GB/s", "no unit: 56.78"]
     assert len({str(line.get_linestyle()) for line in ax.lines if line.get_gid() == "ceiling"}) == 2

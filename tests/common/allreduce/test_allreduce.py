@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common import timing
+from common import plots, timing
 from common.allreduce import profile as allreduce_profile
 from common.allreduce import timing as allreduce_timing
-from common.allreduce.plot import fit, series
+from common.allreduce.plot import draw, fit, leaders, leaders_in_words, series
 from common.errors import CheckFailed, UserError
+from common.results import ResultFile
 from common.tensor_parallel import collectives
 from common.timing import summarise
 
@@ -54,6 +55,48 @@ def test_fit_finds_latency_and_bandwidth(alpha, beta):
 def test_fit_needs_three_sizes_and_a_slope():
     assert fit(rows_of(1e-5, 1e9, [1024, 2048])) is None
     assert fit([{"bytes": size, "time_us": time} for size, time in ((1024, 30), (2048, 20), (4096, 10))]) is None
+
+
+def timed(sizes_and_times):
+    return [{"bytes": size, "time_us": time} for size, time in sizes_and_times.items()]
+
+
+def test_the_lead_passes_to_who_is_clearly_faster_or_alone():
+    found = {
+        "near": timed({1024: 2.0, 2048: 3.0, 4096: 9.0}),
+        "wide": timed({1024: 5.0, 2048: 2.97, 4096: 6.0, 8192: 12.0}),  # at 2048 faster by 1 %, which is no lead
+        "late": timed({4096: 6.01, 8192: 11.0, 16384: 20.0}),
+    }
+    assert leaders(found) == [(1024, "near"), (4096, "wide"), (8192, "late")]
+    words = ["near from 1 KiB", "wide from 4 KiB", "late from 8 KiB"]
+    assert leaders_in_words(found) == words
+    found["late"] = timed({16384: 20.0})
+    assert leaders_in_words(found) == [*words[:2], "late from 16 KiB (alone)"]
+    assert leaders_in_words({"only": found["near"]}) == []
+
+
+def test_the_picture_names_fits_units_and_leads_beside_the_panels(tmp_path, monkeypatch):
+    """Six series in four quarters: no legend on a panel, nothing named twice, every unit there."""
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda fig, path, footer: figures.append(fig) or path)
+    columns = ("backend", "algorithm", "world", "batch_size", "bytes", "time_us", "time_us_p10", "time_us_p90")
+    columns += ("algbw_gb_per_s", "busbw_gb_per_s")
+    record = {"device": "cuda:0", "link_gb_per_s": 478.116}
+    with ResultFile(tmp_path, "profile_allreduce", columns, record, key=["algorithm", "bytes", "batch_size"]) as file:
+        for place in range(6):
+            for batch, size in [(None, 1 << e) for e in range(10, 31)] + [(1, 8192), (8, 65536)]:
+                time_us = (place + 1) * 2 + size / (1000 * (place + 1))
+                rates = {"algbw_gb_per_s": size / time_us / 1e3, "busbw_gb_per_s": size / time_us / 1e3}
+                times = {"time_us": time_us, "time_us_p10": time_us, "time_us_p90": time_us}
+                file.append(backend="b", algorithm=f"a{place}", world=2, batch_size=batch, bytes=size, **times, **rates)
+    draw(file.path)
+    *panels, key = figures[0].axes
+    assert [ax.get_legend_handles_labels()[1] for ax in panels] == [[], [], []]
+    texts = [text.get_text() for text in key.get_legend().get_texts()]
+    assert len(texts) == 8 and texts[0] == "b a0: 2 µs + bytes / 1 GB/s"
+    assert texts[6] == "NVLink, one direction: 478.1 GB/s"
+    assert texts[7].splitlines()[:2] == ["the lead changes hands; fastest:", "b a0 from 1 KiB"]
+    assert len([line for line in panels[0].lines if line.get_marker() == "*"]) == len(texts[7].splitlines()) - 2
 
 
 def test_series_keeps_plain_sizes_and_batches_apart():
