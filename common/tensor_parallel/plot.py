@@ -1,4 +1,7 @@
-"""transformer_tp2.png: bars of a step on one device and on N, against the ideal; memory and bytes read a rank."""
+"""transformer_tp2.png: bars of a step on one device and on N, against the ideal; memory and bytes read a rank.
+
+The legends stand below the panels: bars leave no room for them.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,17 @@ def draw(folder: Path) -> Path:
     world = rows[0]["world"]
     record = read_json(csv.with_suffix(".json")) or {}
     where = "CPU processes" if str(record.get("device", "")).startswith("cpu") else "GPUs"
-    fig, (times, memory) = plots.new_figure(f"A decode step on one device and on {world} {where}", panels=2)
+    reference = Path(folder) / f"{REFERENCE}.csv"
+    known = any(row["one_device_us"] for row in rows) and reference.exists()
+    one = read_rows(reference, ("memory_bytes", "bytes_read"))[-1] if known else None
+    was_read = any(part["bytes_read"] for part in (rows[-1], one) if part)  # random weights are made, not read
+    title = f"A decode step on one device and on {world} {where}"
+    fig, (times, memory) = plots.new_figure(title, panels=2, width_ratios=(1, 1) if was_read else (2, 1))
     _draw_times(times, rows, world)
-    _draw_floor(times, rows, record, world)
-    one = Path(folder) / f"{REFERENCE}.csv"
-    known = any(row["one_device_us"] for row in rows) and one.exists()
-    _draw_memory(memory, rows[-1], read_rows(one, ("memory_bytes", "bytes_read"))[-1] if known else None)
+    _draw_floor(times, record, world)
+    plots.legend_below(times, columns=2 if was_read else 3)
+    _draw_memory(memory, rows[-1], one, was_read)
+    plots.legend_below(memory)
     return plots.save(fig, csv.with_suffix(".png"), plots.footer(csv))
 
 
@@ -59,11 +67,12 @@ def _draw_times(ax: Any, rows: list[dict[str, Any]], world: int) -> None:
     )  # fmt: skip
     ax.set_xticks(list(xs), [f"batch {row['batch_size']}" for row in rows])
     ax.set(ylabel="ms a step", title="Time of a decode step")
-    ax.margins(y=0.25)
+    ax.grid(axis="x", visible=False)
+    ax.margins(y=0.1)
 
 
-def _draw_floor(ax: Any, rows: list[dict[str, Any]], record: dict[str, Any], world: int) -> None:
-    """Reading all weights once: at one device's bandwidth, and at that of all GPUs."""
+def _draw_floor(ax: Any, record: dict[str, Any], world: int) -> None:
+    """Reading all weights once, at the bandwidth of all GPUs together."""
     ceilings = record.get("ceilings")
     if not ceilings or "weight_bytes" not in record:
         return
@@ -71,20 +80,22 @@ def _draw_floor(ax: Any, rows: list[dict[str, Any]], record: dict[str, Any], wor
     speed = max(ceilings["read_gb_per_s"], ceilings["copy_gb_per_s"] if on_cpu else 0.0)
     devices = 1 if on_cpu else world  # processes on one CPU share its memory
     floor_ms = record["weight_bytes"] / (speed * devices * 1e9) * 1e3
-    plots.ceiling_line(ax, floor_ms, f"weights read at {speed * devices:,.3g} GB/s, ms")
+    whose = "this CPU" if on_cpu else f"{world} GPUs"
+    plots.ceiling_line(ax, floor_ms, f"weights at the read speed of {whose}", "ms", digits=3)
 
 
-def _draw_memory(ax: Any, row: dict[str, Any], one: dict[str, Any] | None) -> None:
-    """Memory and bytes read: of one device, and of the rank with the most."""
-    labels, width = ["memory taken", "read from the checkpoint"], 0.35
-    columns = ("memory_bytes", "bytes_read")
+def _draw_memory(ax: Any, row: dict[str, Any], one: dict[str, Any] | None, was_read: bool) -> None:
+    """Memory, and bytes read where any were: of one device, and of the rank with the most."""
+    columns = {"memory_bytes": "memory taken"} | ({"bytes_read": "read from the checkpoint"} if was_read else {})
+    width = 0.35
     bars = [(f"largest of {row['world']} ranks", row, width / 2, plots.COLOURS[2])]
     if one is not None:
-        bars.append(("one device", one, -width / 2, plots.COLOURS[0]))
+        bars.insert(0, ("one device", one, -width / 2, plots.COLOURS[0]))
     for label, values, shift, colour in bars:
         heights = [values[column] / 1e9 for column in columns]
-        drawn = ax.bar([x + shift for x in range(2)], heights, width, color=colour, label=label)
+        drawn = ax.bar([x + shift for x in range(len(columns))], heights, width, color=colour, label=label)
         ax.bar_label(drawn, [human_bytes(values[column]) for column in columns], padding=3)
-    ax.set_xticks(range(2), labels)
-    ax.set(ylabel="GB", title="Memory and reading, a rank")
-    ax.margins(y=0.2)
+    ax.set_xticks(range(len(columns)), list(columns.values()))
+    ax.set(ylabel="GB", title="Memory and reading, a rank" if was_read else "Memory of a rank")
+    ax.grid(axis="x", visible=False)
+    ax.margins(x=0.2, y=0.1)
