@@ -213,13 +213,12 @@ def draw_iterations(summary_csv, requests_csv, iterations_csv):
     requests = results.read_rows(requests_csv, REQUEST_COLUMNS)
     title = f"A long prompt, whole or in pieces: how long do the others wait?{of_what(summary_csv)}"
     fig, axes = plots.new_figure(title, panels=4)
-    scatters = [(key, ax) for key, ax in zip(wanted, axes)]
-    for key, ax in scatters:
-        draw_steps(ax, [r for r in iterations if (r["policy"], r["token_budget"]) == key and r["replica"] == 0], key)
-    top = max(ax.get_ylim()[1] for _, ax in scatters)
-    for _, ax in scatters:
-        ax.set_ylim(0, top)
-    for ax in axes[len(scatters) : 2]:
+    shown = [r for r in iterations if (r["policy"], r["token_budget"]) in wanted and r["replica"] == 0]
+    scatters = axes[: len(wanted)]
+    for key, ax in zip(wanted, scatters):
+        draw_steps(ax, [r for r in shown if (r["policy"], r["token_budget"]) == key], key)
+    plots.shared_y_axis(scatters, [r["time_us"] / 1e3 for r in shown])
+    for ax in axes[len(wanted) : 2]:
         ax.remove()
     draw_largest_gaps(axes[2], requests, wanted)
     draw_gap_percentiles(axes[3], summary, wanted)
@@ -265,7 +264,7 @@ def draw_largest_gaps(ax, requests, wanted):
 
 
 def draw_gap_percentiles(ax, summary, wanted):
-    from common.plots import COLOURS
+    from common.plots import COLOURS, log_axis
 
     columns = {"p50": "itl_p50_s", "p90": "itl_p90_s", "p99": "itl_p99_s", "largest": "max_itl_s"}
     for i, key in enumerate(wanted):
@@ -278,8 +277,8 @@ def draw_gap_percentiles(ax, summary, wanted):
                 f"{value:,.0f}" if value >= 100 else f"{value:.3g}", (x, value), ha="center", va="bottom", fontsize=10
             )
     ax.set_xticks(range(len(columns)), list(columns))
-    ax.set(ylabel="gap between tokens, ms (log)", title="all gaps", yscale="log")
-    plain_ticks(ax.yaxis)
+    ax.set(ylabel="gap between tokens, ms (log)", title="all gaps")
+    log_axis(ax)
     ax.grid(axis="x", visible=False)
 
 
@@ -307,11 +306,12 @@ def draw_budgets(budgets_csv):
                 colour = ax.lines[-1].get_color()
                 ax.axhline(factor * whole[column], color=colour, ls=":", label=f"{percentile}, whole prompts")
         plots.log2_axis(ax, budgets)
-        ax.set(xlabel="token budget", ylabel=f"{label} (log)", yscale="log")
-        plain_ticks(ax.yaxis)
+        plots.log_axis(ax)
+        ax.set(xlabel="token budget", ylabel=f"{label} (log)")
     plots.band(axes[2], budgets, [r["tokens_per_s"] for r in chunked], None, None, "chunked")
     ceilings = [r["ceiling_tokens_per_s"] for r in chunked]
-    axes[2].plot(budgets, ceilings, "--", color=plots.CEILING_COLOUR, label="roofline of the same steps")
+    style = {"linestyle": "--", "color": plots.CEILING_COLOUR, "marker": "_", "ms": 16, "mew": 2}  # or one is no line
+    axes[2].plot(budgets, ceilings, label="roofline of the same steps", **style)
     if whole:
         axes[2].axhline(whole["tokens_per_s"], color=plots.COLOURS[0], ls=":", label="whole prompts")
     plots.log2_axis(axes[2], budgets)
@@ -322,7 +322,7 @@ def draw_budgets(budgets_csv):
 
 def draw_trade(ax, chunked, whole):
     """First tokens against gaps: lower left is better on both."""
-    from common.plots import COLOURS
+    from common.plots import COLOURS, log_axis
 
     rows = [r for r in chunked if r["itl_p99_s"] is not None]
     points = [(1e3 * r["itl_p99_s"], r["ttft_p50_s"]) for r in rows]
@@ -332,9 +332,8 @@ def draw_trade(ax, chunked, whole):
     if whole and whole["itl_p99_s"] is not None:
         ax.plot(1e3 * whole["itl_p99_s"], whole["ttft_p50_s"], "X", ms=10, color=COLOURS[1], label="whole prompts")
     ax.set(xlabel="gap between tokens (ITL), p99, ms (log)", ylabel="first token (TTFT), p50, s (log)")
-    ax.set(xscale="log", yscale="log")
     ax.margins(0.15)
-    plain_ticks(ax.xaxis), plain_ticks(ax.yaxis)
+    log_axis(ax), log_axis(ax, "x")
 
 
 def apart(points, texts, closer=1.06):
@@ -346,15 +345,6 @@ def apart(points, texts, closer=1.06):
         else:
             groups.append((point, [text]))
     return [(point, ", ".join(near) if len(near) < 4 else f"{near[0]} to {near[-1]}") for point, near in groups]
-
-
-def plain_ticks(axis):
-    """0.02, 0.05, 0.1, 2, 5, 10 on a log axis, instead of powers of ten."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 100 else f"{value:.3g}")
 
 
 if __name__ == "__main__":

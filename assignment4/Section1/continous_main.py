@@ -122,11 +122,11 @@ def draw(summary_csv, requests_csv, slots_csv):
 
 def draw_throughput(ax, summary, colours):
     """Bars, each with the roofline of its own steps above it."""
-    from common.plots import CEILING_COLOUR
+    from common.plots import CEILING_COLOUR, number
 
     for i, row in enumerate(summary):
         ax.bar(i, row["tokens_per_s"], 0.6, color=colours[row["policy"]])
-        ax.annotate(f"{row['tokens_per_s']:,.4g}", (i, row["tokens_per_s"]), ha="center", va="bottom")
+        ax.annotate(number(row["tokens_per_s"]), (i, row["tokens_per_s"]), ha="center", va="bottom")
         if row["ceiling_tokens_per_s"]:
             label = "roofline of the same steps" if i == 0 else None
             ceiling = row["ceiling_tokens_per_s"]

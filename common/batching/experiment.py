@@ -311,7 +311,8 @@ def check(setup: Setup, files: Files, failures: Sequence[CheckFailed]) -> None:
     for row in files.summary.rows:
         if row[results.SUSPECT]:
             ceiling = row["ceiling_tokens_per_s"]
-            what = f"{row['policy']}: {row['tokens_per_s']:.4g} tokens/s, the roofline allows {ceiling:.4g}"
+            speed, roof = cli.format_value(row["tokens_per_s"]), cli.format_value(ceiling)
+            what = f"{row['policy']}: {speed} tokens/s, the roofline allows {roof}"
             if setup.device_type == "cuda":
                 raise CheckFailed(what)
             print(f"note: {what} (ceilings of a CPU wander)")
