@@ -91,7 +91,7 @@ def draw_floor(ax, folder, lengths):
     """The memory-bandwidth floor of decoding: n - 1 steps, each reading the weights and the cache at the read
     ceiling.
     """
-    from common.plots import CEILING_COLOUR
+    from common.plots import CEILING_COLOUR, number
     from common.results import read_json
     from common.roofline import Ceilings
 
@@ -104,7 +104,7 @@ def draw_floor(ax, folder, lengths):
         (n - 1) * (record["weight_bytes"] + record["kv_bytes_per_token"] * (prompt + n / 2)) / (speed * 1e9)
         for n in lengths
     ]
-    label = f"floor: weights and cache read at {speed:,.3g} GB/s"
+    label = f"floor: weights and cache read at {number(speed)} GB/s"
     ax.plot(lengths, floor, color=CEILING_COLOUR, linestyle=":", label=label)
 
 

@@ -62,7 +62,7 @@ def draw(folder):
 
 def draw_floor(left, right, rows, record):
     """Decoding at the read ceiling: every step reads the weights once, and each row's K and V so far."""
-    from common.plots import CEILING_COLOUR
+    from common.plots import CEILING_COLOUR, number
     from common.roofline import Ceilings
 
     speed = Ceilings(**record["ceilings"]).memory_gb_per_s()
@@ -73,14 +73,14 @@ def draw_floor(left, right, rows, record):
         kv_tokens = row["prompt_tokens"] + row["batch_size"] * steps / 2
         floor.append(steps * (record["weight_bytes"] + kv_tokens * record["kv_bytes_per_token"]) / (speed * 1e9))
     xs = [row["batch_size"] for row in rows]
-    label = f"floor of decoding: reads at {speed:,.3g} GB/s"
-    left.plot(xs, floor, color=CEILING_COLOUR, linestyle=":", label=label)
+    read = f"{number(speed)} GB/s"
+    left.plot(xs, floor, color=CEILING_COLOUR, linestyle=":", label=f"floor of decoding: reads at {read}")
     ceiling = [row["output_tokens"] / t if t else None for row, t in zip(rows, floor)]
     top = max(row["tokens_per_s"] for row in rows)
     # The ceiling of throughput is far above the curves at large batches; it is drawn as far as it can be seen.
     near = [(x, c) for x, c in zip(xs, ceiling) if c is not None and c <= 3 * top]
     if near:
-        right.plot(*zip(*near), color=CEILING_COLOUR, linestyle=":", label=f"ceiling of decoding at {speed:,.3g} GB/s")
+        right.plot(*zip(*near), color=CEILING_COLOUR, linestyle=":", label=f"ceiling of decoding at {read}")
 
 
 def main(args):

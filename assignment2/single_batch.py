@@ -96,11 +96,12 @@ def conclusion(exp, sweep):
     last = sweep.rows()[-1]
     text = f"with the cache, {last['output_length']} tokens took {last['time']:.2f} s"
     if last["output_length"] > 1:
+        speed = cli.format_value(exp.ceilings.memory_gb_per_s())
         step = (last["time"] - last["prefill_time"]) / (last["output_length"] - 1)
         floor = exp.floor_s(exp.args.input_length + last["output_length"] / 2)
         text += (
             f": {step * 1e3:.3g} ms a token after the first. Reading the weights and the cache once at the measured "
-            f"{exp.ceilings.memory_gb_per_s():.3g} GB/s would take {floor * 1e3:.3g} ms ({floor / step:.0%} of the "
+            f"{speed} GB/s would take {floor * 1e3:.3g} ms ({floor / step:.0%} of the "
             "bandwidth is used)"
         )
     for peer in sweep.rows("hf"):

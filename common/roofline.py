@@ -253,8 +253,9 @@ def main(args) -> None:
         cli.print_written(draw(file.path))
     memory, dtype = found.memory_gb_per_s("read"), dtypes[0]
     peak = found.peak_tflops(dtype, "sustained")
+    copy, read = cli.format_value(found.copy_gb_per_s), cli.format_value(found.read_gb_per_s)
     print(
-        f"{found.device_name}: copy {found.copy_gb_per_s:.4g} GB/s, read {found.read_gb_per_s:.4g} GB/s, {dtype} "
+        f"{found.device_name}: copy {copy} GB/s, read {read} GB/s, {dtype} "
         f"{found.peak_tflops(dtype):.4g} TFLOP/s in a burst and {peak:.4g} sustained. Work with fewer than "
         f"{peak * 1e3 / memory:.3g} operations for each byte it reads waits for memory."
     )
@@ -277,7 +278,7 @@ def draw(csv_path: Path) -> Path:
         raise UserError(f"{csv_path}: no memory or product rows to draw; measure again")
     fig, (roof, by_size) = plots.new_figure("What does this machine allow?", panels=2)
     _draw_roof(roof, rows, dtypes, max(memory.values()))
-    roof.set_title(f"roofline: memory {memory['read']:.4g} GB/s read, {memory['copy']:.4g} copied")
+    roof.set_title(f"roofline: memory {plots.number(memory['read'])} GB/s read, {plots.number(memory['copy'])} copied")
     _draw_products(by_size, rows, dtypes)
     by_size.set_title("square products by size")
     return plots.save(fig, csv_path.with_suffix(".png"), plots.footer(csv_path))
@@ -292,9 +293,14 @@ def _draw_roof(ax, rows: list[dict[str, Any]], dtypes: list[str], gb_per_s: floa
     for index, (dtype, peak) in enumerate(peaks.items()):
         ridge, colour = peak * 1e3 / gb_per_s, plots.COLOURS[index % len(plots.COLOURS)]
         xs = sorted([*intensities, ridge])
-        ax.plot(xs, [min(peak, x * gb_per_s / 1e3) for x in xs], color=colour, label=f"{dtype}: {peak:.3g} TFLOP/s")
+        ax.plot(
+            xs,
+            [min(peak, x * gb_per_s / 1e3) for x in xs],
+            color=colour,
+            label=f"{dtype}: {plots.number(peak, 3)} TFLOP/s",
+        )
         ax.plot([ridge], [peak], "o", color=colour)
-        ax.annotate(f"ridge {ridge:.3g}", (ridge, peak), xytext=(8, -16), textcoords="offset points")
+        ax.annotate(f"ridge {plots.number(ridge, 3)}", (ridge, peak), xytext=(8, -16), textcoords="offset points")
     plots.log2_axis(ax, intensities)
     plots.log_axis(ax)
     ax.set(xlabel="arithmetic intensity (FLOP per byte)", ylabel="attainable TFLOP/s")
@@ -312,7 +318,7 @@ def _draw_products(ax, rows: list[dict[str, Any]], dtypes: list[str]) -> None:
         plots.band(ax, sizes, best, None, None, f"{dtype}, short runs", color=colour)
         for row in rows:
             if row["kind"] == "sustained" and row["dtype"] == dtype:
-                label = f"{dtype}, sustained: {row['tflops']:.3g}"
+                label = f"{dtype}, sustained: {plots.number(row['tflops'], 3)} TFLOP/s"
                 ax.axhline(row["tflops"], color=colour, linestyle="--", linewidth=1.5, label=label)
     plots.log2_axis(ax, [row["m"] for row in squares])
     plots.log_axis(ax)

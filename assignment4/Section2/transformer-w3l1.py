@@ -60,10 +60,11 @@ def conclusion(loaded, rows):
     exp, first, last = loaded.exp, rows[0], rows[-1]
     context = exp.args.input_length + sum(exp.args.output_lengths) / 2
     floor_us = 1e6 * exp.floor_s(first["batch_size"] * context)
+    speeds = [cli.format_value(row["tokens_per_s"]) for row in (first, last)]
     return (
-        f"a step of batch {first['batch_size']} took {first['time_us'] / 1e3:.3g} ms ({first['tokens_per_s']:.3g} "
-        f"tokens/s), {floor_us / first['time_us']:.0%} of the memory bandwidth; batch {last['batch_size']} gave "
-        f"{last['tokens_per_s']:.3g} tokens/s. Memory taken: {human_bytes(last['memory_bytes'])}, "
+        f"a step of batch {first['batch_size']} took {first['time_us'] / 1e3:.3g} ms ({speeds[0]} tokens/s), "
+        f"{floor_us / first['time_us']:.0%} of the memory bandwidth; batch {last['batch_size']} gave "
+        f"{speeds[1]} tokens/s. Memory taken: {human_bytes(last['memory_bytes'])}, "
         f"{human_bytes(last['bytes_read'])} read from the checkpoint."
     )
 

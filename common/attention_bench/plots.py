@@ -55,7 +55,7 @@ def draw_sweep(csv_path: Path, x: str, y: str, title: str, xlabel: str) -> Path:
         part = [row for row in rows if row["config"] == config]
         for name in BACKENDS:
             _draw_line(ax, report.series(part, x, name), x, y, name)
-        for value, label in _ceilings(record, y):
+        for value, label, _ in _ceilings(record, y):
             plots.ceiling_line(ax, value, f"_{label}")
         for at, value, _, _ in report.crossovers(part, x, y):
             ax.plot([at], [value], marker="*", markersize=15, color="white", markeredgecolor="black", zorder=5)
@@ -83,22 +83,22 @@ def _draw_line(ax: Any, part: Sequence[report.Row], x: str, y: str, name: str) -
     plots.band(ax, [row[x] for row in part], values, low, high, f"_{name}", suspect=hollow, **look)
 
 
-def _ceilings(record: Mapping[str, Any], y: str) -> list[tuple[float, str]]:
-    """(value, label) of the lines that a rate in y cannot pass; none where the provenance is gone."""
+def _ceilings(record: Mapping[str, Any], y: str) -> list[tuple[float, str, str]]:
+    """(value, label, unit) of the lines that a rate in y cannot pass; none where the provenance is gone."""
     if not record.get("ceilings"):
         return []
     known = Ceilings(**record["ceilings"])
     if y == "gb_per_s":
-        return [(known.memory_gb_per_s("read"), "measured read ceiling, GB/s")]
+        return [(known.memory_gb_per_s("read"), "measured read ceiling", "GB/s")]
     kinds = [("burst", "best product, in a burst"), ("sustained", "the same, sustained")]
-    return [(known.peak_tflops(record["dtype"], kind), f"{label}, TFLOP/s") for kind, label in kinds]
+    return [(known.peak_tflops(record["dtype"], kind), label, "TFLOP/s") for kind, label in kinds]
 
 
 def _legend(fig: Any, rows: Sequence[report.Row], record: Mapping[str, Any], x: str, y: str, panels: int) -> None:
     """One legend for all panels: lines, ceilings, marks, and in words what is not there."""
     handles = [_handle(name) for name in BACKENDS if any(row["backend"] == name for row in report.measured(rows))]
-    for index, (value, label) in enumerate(_ceilings(record, y)):
-        text = f"{label}: {value:,.4g}" if value < 1000 else f"{label}: {value:,.0f}"
+    for index, (value, label, unit) in enumerate(_ceilings(record, y)):
+        text = plots.ceiling_text(value, label, unit)
         handles.append(Line2D([], [], color=plots.CEILING_COLOUR, linestyle=("--", ":")[index], label=text))
     star = {"marker": "*", "markersize": 13, "color": "white", "markeredgecolor": "black", "linestyle": "none"}
     by_config = [[row for row in rows if row["config"] == config] for config in {row["config"] for row in rows}]
@@ -189,5 +189,6 @@ def _draw_roof(ax: Any, known: Ceilings, dtype: str, intensities: Sequence[float
     first, last = math.floor(math.log2(low)), math.ceil(math.log2(high))
     plots.log2_axis(ax, [2.0**e for e in range(first, last + 1)])
     plots.log_axis(ax)
-    text = f"roof: {bandwidth:,.4g} GB/s, {peak:,.3g} TFLOP/s, ridge at {ridge:.3g} FLOP per byte"
+    text = f"roof: {plots.number(bandwidth)} GB/s, {plots.number(peak)} TFLOP/s, "
+    text += f"ridge at {plots.number(ridge, 3)} FLOP per byte"
     return [Line2D([], [], color=line.get_color(), linestyle="--", label=text)]

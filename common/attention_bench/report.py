@@ -117,7 +117,8 @@ def notes(rows: Sequence[Row], x: str, missing: Mapping[str, str]) -> list[str]:
         where = "" if everywhere else f" at {', '.join(map(size_label, sizes))}"
         if not everywhere and len(configs) < len({row["config"] for row in rows}):
             where += f" ({', '.join(configs)})"
-        said.setdefault(f"{status}{where}: {part[0]['note']}", []).append(name)
+        reason = str(part[0]["note"]).split(". ")[0]  # the first sentence of what a library says
+        said.setdefault(f"{status}{where}: {reason}", []).append(name)
     return lines + [f"{', '.join(names)} {what}" for what, names in said.items()]
 
 

@@ -159,7 +159,7 @@ def conclusion(sweep: BatchSweep) -> str:
     rows = sweep.rows()
     first, last = rows[0], rows[-1]
     text = (
-        f"a batch of {last['batch_size']} gave {last['tokens_per_s']:.3g} output tokens/s, "
+        f"a batch of {last['batch_size']} gave {cli.format_value(last['tokens_per_s'])} output tokens/s, "
         f"{last['tokens_per_s'] / first['tokens_per_s']:.2f} times a batch of {first['batch_size']}, "
         f"in {last['time'] / first['time']:.2f} times its wall time"
     )

@@ -73,7 +73,7 @@ def draw_sweep(csv_path: Path) -> Path:
     if kind == "prompt":
         style |= {"linestyle": ":", "color": plots.COLOURS[6]}
         left.plot(list(bounds), list(bounds.values()), label="bound: its parts at their ceilings, in turn", **style)
-    plots.ceiling_line(right, 100, "ceiling in %")
+    plots.ceiling_line(right, 100, "ceiling", "%")
     for ax in (left, right):
         plots.log2_axis(ax, sorted({_x(row, kind) for row in rows}))
         ax.set_xlabel(xlabel)
@@ -131,11 +131,12 @@ def draw_ablation(csv_path: Path) -> Path:
         for place, row in enumerate(part):
             colour = plots.COLOURS[0]
             ax.barh(place, row["tokens_per_s"], 0.7, color="white" if row["suspect"] else colour, edgecolor=colour)
-            text = f"{format_value(row['tokens_per_s'])}  (MBU {row['mbu']:.0%}"
+            text = f"{plots.number(row['tokens_per_s'])}  (MBU {row['mbu']:.0%}"
             text += f", {row['speedup']:.2f}x)" if row["speedup"] else ")"
-            ax.text(row["tokens_per_s"] + 0.01 * ceiling, place, text, va="center", fontsize=11)
+            on_white = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # it may lie on the ceiling's line
+            ax.text(row["tokens_per_s"] + 0.01 * ceiling, place, text, va="center", fontsize=11, bbox=on_white)
         style = {"color": plots.CEILING_COLOUR, "linestyle": "--", "linewidth": 1.8, "gid": "ceiling"}
-        ax.axvline(ceiling, label=f"ceiling: {format_value(ceiling)} tokens/s", **style)
+        ax.axvline(ceiling, label=plots.ceiling_text(ceiling, "ceiling", "tokens/s"), **style)
         ax.set_yticks(range(len(part)), [textwrap.fill(str(row["technique"]), 18) for row in part])
         ax.invert_yaxis()
         ax.set_xlim(0, 1.35 * max(ceiling, *(row["tokens_per_s"] for row in part)))

@@ -267,7 +267,7 @@ def conclusion(exp: Experiment, files: Sequence[ResultFile]) -> str:
     if rows.get("pipeline_decode"):
         last = rows["pipeline_decode"][-1]
         texts.append(
-            f"decoding {last['batch_size']} requests together gave {last['tokens_per_s']:.4g} tokens/s, "
+            f"decoding {last['batch_size']} requests together gave {cli.format_value(last['tokens_per_s'])} tokens/s, "
             f"{last['mbu']:.0%} of the memory bandwidth"
         )
     if rows.get("pipeline_prefill"):
@@ -288,7 +288,7 @@ def conclusion(exp: Experiment, files: Sequence[ResultFile]) -> str:
         lengths = [row["prompt_tokens"] + row["output_tokens"] for row in (first, last)]
         limits = [row["tokens_per_s"] / max(row["mbu"], row["mfu"]) for row in (first, last)]
         texts.append(
-            f"with {lengths[1]} tokens of context a request decodes {last['tokens_per_s']:.4g} tokens/s, "
+            f"with {lengths[1]} tokens of context a request decodes {cli.format_value(last['tokens_per_s'])} tokens/s, "
             f"{last['tokens_per_s'] / first['tokens_per_s']:.0%} of what it does with {lengths[0]}; by the bytes to "
             f"read it could be {limits[1] / limits[0]:.0%}"
         )
