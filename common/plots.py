@@ -47,6 +47,7 @@ matplotlib.rcParams.update(
         "ytick.labelsize": 12,
         "legend.fontsize": 12,
         "legend.framealpha": 0.9,
+        "legend.borderaxespad": 0.9,  # a marker on the axis stays free
         "figure.titlesize": 16,
         "lines.linewidth": 2.0,
         "lines.markersize": 7,

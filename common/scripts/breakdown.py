@@ -1,8 +1,10 @@
 """Where does the time of a step go? The decoder's own operations, one after the other, with the clock read in between.
 
 The step is the same as `Llama.forward` computes, part by part: on a GPU an event stands between the parts (and the host
-gets a head start, so that launching is not what is measured), on a CPU the clock is read. `host gaps` is what the step
-takes in the running loop beyond its parts: launching, Python, copies, the embedding.
+gets a head start, so that launching is not what is measured), on a CPU the clock is read. `whole step` is the step as
+the engine runs it, timed in the running loop. `host gaps` is what that takes beyond the parts: launching, Python,
+copies, the embedding. It may also take less: in a CUDA graph a kernel starts while the one before it ends, and what a
+fused neighbour would do is not done twice; then there are no gaps, and the difference is what running as one saves.
 
 Two parts are measured twice, alone and inside what they are fused into, and the first is taken out of the second: the
 norms (inside qkv and gate_up) and rope+append (inside attention). Where a fused kernel gives them for less than they
@@ -33,7 +35,7 @@ from common.timing import summarise
 NAME = "pipeline_breakdown"
 COLUMNS = ("phase", "part", "time_us", "ceiling_us")
 PARTS = ("qkv", "rope+append", "attention", "o_proj", "gate_up", "down", "norms", "head", "sampling")
-GAPS = "host gaps"
+GAPS, WHOLE = "host gaps", "whole step"
 HEAD_START_CYCLES = 100_000_000  # some 50 ms: longer than it takes to launch a step kernel by kernel
 LOOP_STEPS = 8
 
@@ -125,11 +127,12 @@ def measure(exp: Experiment, engine: Any) -> ResultFile:
     phases = {f"prefill 1x{prompt}": (1, prompt, _prefill_step)}
     if batch:
         phases[f"decode {batch}x{context}"] = (batch, context, _decode_step)
-    record = exp.provenance(backend=steps.backend.name, page_size=steps.page_size)
+    in_graph = steps.graphs is not None
+    record = exp.provenance(backend=steps.backend.name, page_size=steps.page_size, decode_in_graph=in_graph)
     with ResultFile(exp.out, NAME, COLUMNS, record, key=("phase", "part"), resume=args.resume) as file:
         with cli.keep_partial(args):
             for phase, (size, length, step) in phases.items():
-                if not file.has(phase=phase, part=GAPS):
+                if not file.has(phase=phase, part=WHOLE):
                     file.extend(_phase_rows(exp, steps, phase, size, length, step))
     return file
 
@@ -143,7 +146,9 @@ def _phase_rows(exp: Experiment, steps: Any, phase: str, batch: int, length: int
         for name in PARTS
     ]
     gaps = max(wall_s - sum(parts.values()), 0.0)
-    return [*rows, {"phase": phase, "part": GAPS, "time_us": gaps * 1e6, "ceiling_us": 0.0}]
+    rows.append({"phase": phase, "part": GAPS, "time_us": gaps * 1e6, "ceiling_us": 0.0})
+    bound = sum(row["ceiling_us"] for row in rows)
+    return [*rows, {"phase": phase, "part": WHOLE, "time_us": wall_s * 1e6, "ceiling_us": bound}]
 
 
 def _prefill_step(exp: Experiment, steps: Any, prompts: list[list[int]]) -> tuple[float, dict[str, float], Work]:
@@ -208,14 +213,21 @@ class _released:
 
 
 def conclusion(rows: Sequence[dict[str, Any]]) -> str:
-    """The largest part of each phase, and the phase's distance from its ceiling, in words."""
+    """Each phase's step beside its ceiling, its largest part, and what the step saves by running as one, in words."""
     texts = []
     for phase in dict.fromkeys(row["phase"] for row in rows):
-        part = [row for row in rows if row["phase"] == phase]
-        total, ceiling = (cli.format_value(sum(r[name] for r in part) / 1e3) for name in ("time_us", "ceiling_us"))
+        whole = next(row for row in rows if row["phase"] == phase and row["part"] == WHOLE)
+        part = [row for row in rows if row["phase"] == phase and row["part"] != WHOLE]
         largest = max(part, key=lambda r: r["time_us"])
-        texts.append(
-            f"{phase}: {total} ms a step ({ceiling} ms at the ceilings), the largest part {largest['part']} with "
-            f"{cli.format_value(largest['time_us'] / 1e3)} ms"
+        apart = sum(row["time_us"] for row in part)
+        whole_ms, ceiling, largest_ms, apart_ms, saved = (
+            cli.format_value(us / 1e3)
+            for us in (whole["time_us"], whole["ceiling_us"], largest["time_us"], apart, apart - whole["time_us"])
         )
-    return "; ".join(texts) + "."
+        text = f"{phase}: {whole_ms} ms a step ({ceiling} ms at the ceilings), the largest part {largest['part']} with "
+        text += f"{largest_ms} ms"
+        if apart > whole["time_us"] * (1 + 1e-9):  # by more than rounding: sums and gaps are equal otherwise
+            text += f"; one by one its parts take {apart_ms} ms, the step as one saves {saved} ms"
+            text += f" ({1 - whole['time_us'] / apart:.0%})"
+        texts.append(text)
+    return ". ".join(texts) + "."

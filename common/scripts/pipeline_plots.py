@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from common import plots
-from common.cli import format_value
-from common.results import ResultFile, read_rows
+from common.results import ResultFile, read_json, read_rows
 
-GAPS = "host gaps"
+GAPS, WHOLE = "host gaps", "whole step"  # of a breakdown (breakdown.py, which needs torch)
+BAR = 0.68  # a bar's width
 
 REQUIRED = (
     "backend",
@@ -88,35 +88,62 @@ def draw_sweep(csv_path: Path) -> Path:
 
 
 def draw_breakdown(csv_path: Path) -> Path:
-    """A panel a phase: what was measured, stacked, beside what each part would take at its ceiling."""
+    """A panel a phase: its parts timed one by one, stacked; the whole step as the engine runs it; the parts at their
+    ceilings.
+    """
     rows = read_rows(csv_path, ("phase", "part", "time_us", "ceiling_us"))
+    in_graph = bool((read_json(csv_path.with_suffix(".json")) or {}).get("decode_in_graph"))
     phases = list(dict.fromkeys(row["phase"] for row in rows))
-    names = list(dict.fromkeys(row["part"] for row in rows))
+    names = [name for name in dict.fromkeys(row["part"] for row in rows) if name != WHOLE]
     fig, axes = plots.new_figure("Where does the time of a step go?", panels=len(phases))
     for ax, phase in zip(axes if len(phases) > 1 else [axes], phases):
         part = {row["part"]: row for row in rows if row["phase"] == phase}
-        total = sum(row["time_us"] for row in part.values())
-        for column, field in enumerate(("time_us", "ceiling_us")):
-            bottom = 0.0
-            for index, name in enumerate(names):
-                height = part[name][field] / 1e3 if name in part else 0.0
-                colour = plots.CEILING_COLOUR if name == GAPS else PART_COLOURS[index % len(PART_COLOURS)]
-                ax.bar(column, height, 0.62, bottom=bottom, color=colour, edgecolor="white", label=name)
-                if height * 1e3 > 0.05 * total:
-                    ax.text(column, bottom + height / 2, format_value(height), ha="center", va="center", color="white")
-                bottom += height
-            ax.text(column, bottom, f"{format_value(bottom)} ms", ha="center", va="bottom")
-        ax.set_xticks([0, 1], ["measured", "at the ceiling"])
-        ax.set(title=phase, ylabel="milliseconds a step", xlim=(-0.5, 1.5))
-        ax.set_ylim(0, 1.1 * max(total, sum(row["ceiling_us"] for row in part.values())) / 1e3)
+        whole = part.pop(WHOLE, None)
+        total = sum(row["time_us"] for row in part.values()) / 1e3
+        bound = sum(row["ceiling_us"] for row in part.values()) / 1e3
+        at_ceilings = 1 if whole is None else 2
+        _stack(ax, 0, names, {name: row["time_us"] / 1e3 for name, row in part.items()}, total)
+        _stack(ax, at_ceilings, names, {name: row["ceiling_us"] / 1e3 for name, row in part.items()}, total)
+        ticks = ["parts,\none by one", "parts at\ntheir ceilings"]
+        if whole is not None:
+            as_graph = in_graph and phase.startswith("decode")
+            ticks.insert(1, "whole step,\nin its CUDA graph" if as_graph else "whole step,\nas it runs")
+            _draw_whole(ax, whole["time_us"] / 1e3, total, as_graph)
+        ax.set_xticks(range(len(ticks)), ticks)
+        ax.set(title=phase, ylabel="milliseconds a step", xlim=(-0.5, at_ceilings + 0.5))
+        ax.set_ylim(0, 1.1 * max(total, bound, whole["time_us"] / 1e3 if whole else 0.0))
         ax.grid(False, axis="x")
-    handles, labels = ax.get_legend_handles_labels()
-    shown = dict(zip(labels, handles))
-    order = names[::-1]
+    shown = {bar.get_label(): bar for ax in fig.axes for bar in ax.containers}
+    order = [name for name in names[::-1] if name in shown]
     for ax in fig.axes[:-1]:
         ax.legend([], []).set_visible(False)
     fig.axes[-1].legend([shown[n] for n in order], order, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return plots.save(fig, csv_path.with_suffix(".png"), plots.footer(csv_path))
+
+
+def _stack(ax: Any, x: int, names: Sequence[str], heights: dict[str, float], total: float) -> None:
+    """Parts on one another at x, the sum above them; a part of more than 5 % of `total` with its number."""
+    bottom = 0.0
+    for index, name in enumerate(names):
+        height = heights.get(name, 0.0)
+        colour = plots.CEILING_COLOUR if name == GAPS else PART_COLOURS[index % len(PART_COLOURS)]
+        ax.bar(x, height, BAR, bottom=bottom, color=colour, edgecolor="white", label=name)
+        if height > 0.05 * total:
+            ax.text(x, bottom + height / 2, plots.number(height, 3), ha="center", va="center", color="white")
+        bottom += height
+    ax.text(x, bottom, f"{plots.number(bottom, 3)} ms", ha="center", va="bottom")
+
+
+def _draw_whole(ax: Any, whole: float, total: float, as_graph: bool) -> None:
+    """The step as the engine runs it, and how much less that is than its parts one by one, ms."""
+    ax.bar(1, whole, BAR, color="#EEEEEE", edgecolor="black", linewidth=1.2, label="_whole")
+    ax.text(1, whole, f"{plots.number(whole, 3)} ms", ha="center", va="bottom")
+    saved = total - whole
+    if saved < 0.005 * total:  # without a saving the two are equal: parts and gaps are the whole
+        return
+    text = f"{plots.number(saved, 3)} ms\n({saved / total:.0%}) less"
+    text += ":\nkernels\noverlap,\nneighbours\nare fused" if as_graph else ""
+    ax.text(1, whole / 2, text, ha="center", va="center", fontsize=11)
 
 
 def draw_ablation(csv_path: Path) -> Path:

@@ -14,6 +14,7 @@ import torch
 
 from assignment3.section3 import flashinfer_pipeline as pipeline
 from assignment3.section3 import helper
+from common import cli
 from common.checkpoint import Shard, build
 from common.equality import require_equal
 from common.errors import UserError
@@ -302,8 +303,14 @@ def test_the_whole_script(tmp_path):
     context = [r for r in read_rows(out / "pipeline_context.csv", promised) if r["engine"] == "ours"]
     assert [(r["prompt_tokens"] + r["output_tokens"], r["output_tokens"]) for r in context] == [(32, 4), (64, 4)]
     parts = read_rows(out / "pipeline_breakdown.csv", ("phase", "part", "time_us", "ceiling_us"))
-    names = ["qkv", "rope+append", "attention", "o_proj", "gate_up", "down", "norms", "head", "sampling", "host gaps"]
+    names = ["qkv", "rope+append", "attention", "o_proj", "gate_up", "down", "norms", "head", "sampling"]
+    names += ["host gaps", "whole step"]
     assert [r["part"] for r in parts] == names * 2
+    for phase in {r["phase"] for r in parts}:
+        *apart, gaps, whole = (r for r in parts if r["phase"] == phase)
+        assert gaps["time_us"] == pytest.approx(max(whole["time_us"] - sum(r["time_us"] for r in apart), 0), abs=0.01)
+        assert whole["ceiling_us"] == pytest.approx(sum(r["ceiling_us"] for r in apart))
+        assert f"{phase}: {cli.format_value(whole['time_us'] / 1e3)} ms a step" in done.stdout
     lines = [json.loads(line) for line in dump.read_text().splitlines()]
     assert [line["request"] for line in lines] == list(range(len(pipeline.PROMPTS)))
     assert all(len(line["output_token_ids"]) <= 8 and line["finish_reason"] in ("stop", "length") for line in lines)
