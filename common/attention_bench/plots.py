@@ -135,7 +135,7 @@ def _has_corner(panels: int) -> bool:
 def _place(fig: Any, handles: Sequence[Line2D], corner: bool) -> None:
     for handle in handles:
         handle.set_label("\n".join(textwrap.wrap(handle.get_label(), LEGEND_WIDTH[corner], break_on_hyphens=False)))
-    style = {"handles": handles, "fontsize": 9, "labelspacing": 0.35, "framealpha": 1.0}
+    style = {"handles": handles, "fontsize": 9, "labelspacing": 0.35, "framealpha": 1.0, "borderaxespad": 0.5}
     if corner:
         rows = -(-len(fig.axes) // 2)
         fig.legend(loc="upper left", bbox_to_anchor=(0.53, 0.94 / rows), **style)
