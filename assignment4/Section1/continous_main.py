@@ -132,8 +132,10 @@ def draw_throughput(ax, summary, colours):
             ceiling = row["ceiling_tokens_per_s"]
             ax.plot([i - 0.38, i + 0.38], [ceiling] * 2, "--", color=CEILING_COLOUR, label=label)
     ax.set_xticks(range(len(summary)), [row["policy"].replace(", ", ",\n") for row in summary])
+    middle, half = (len(summary) - 1) / 2, max(len(summary), 3) / 2  # a single bar is not to fill the panel
     top = max(max(row["tokens_per_s"], row["ceiling_tokens_per_s"] or 0) for row in summary)
     ax.set(ylabel="output tokens/s", title="throughput", ylim=(0, 1.3 * top))
+    ax.set_xlim(middle - half, middle + half)
     ax.grid(axis="x", visible=False)
 
 
@@ -170,7 +172,9 @@ def draw_timeline(ax, holds, policies):
     ax.set_yticks(middles, [policy.replace(", ", ",\n") for policy in policies])
     ax.invert_yaxis()
     ax.set(xlabel="seconds", xlim=(0, until), title=f"who holds which of the {slots} slots: a colour a request")
-    ax.legend(handles=[Patch(**IDLE, label="ended, but the slot is kept")], loc="lower right")
+    # Below, beside the axis' name: of the slots none may be covered.
+    idle = Patch(**IDLE, label="ended, but the slot is kept")
+    ax.legend(handles=[idle], loc="upper right", bbox_to_anchor=(1, -0.07), borderaxespad=0)
     ax.grid(axis="y", visible=False)
 
 
