@@ -45,13 +45,18 @@ def greedy_reference(model: Llama, prompt: Sequence[int], output_len: int) -> li
     return tokens[len(prompt) :]
 
 
+def first_difference(expected: Sequence[int], got: Sequence[int]) -> int | None:
+    """The first step at which two rows of tokens differ, over the shorter of the two; None where they do not."""
+    return next((i for i, (a, b) in enumerate(zip(expected, got)) if a != b), None)
+
+
 def differences(
     model: Llama, prompts: Sequence[Sequence[int]], expected: Sequence[Sequence[int]], got: Sequence[Sequence[int]]
 ) -> list[Difference]:
     """The rows of `got` that part from `expected` (over the shorter of the two), each judged at its first step."""
     found = []
     for row, (prompt, want, have) in enumerate(zip(prompts, expected, got, strict=True)):
-        step = next((i for i, (a, b) in enumerate(zip(want, have)) if a != b), None)
+        step = first_difference(want, have)
         if step is None:
             continue
         logits = next_logits(model, [*prompt, *want[:step]])

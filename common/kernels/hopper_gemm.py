@@ -31,8 +31,6 @@ COLUMNS = {
 }
 COLUMNS_SILU = {64: (224,), 128: (224,), 192: (112,), 256: (112,)}
 CLUSTER_SIZES = (1, 2, 3, 4, 6, 8)
-# How many clusters of each size run at once on an H200, whose 132 multiprocessors stand in groups of 16 and 18.
-H200_CLUSTERS = (132, 66, 42, 31, 20, 14)
 
 # What choosing needs of the machine, fitted to the times of all plans at Llama-3-8B's sizes on one H200 (the choice
 # costs 0.6 % against the best plan there): what a multiprocessor computes and takes in a microsecond, what L2 and the

@@ -287,7 +287,9 @@ def judge(
 
 def _parted(expected: Tokens, got: Tokens) -> str:
     """How many rows' tokens differ, and where the first does."""
-    steps = [next((i for i, pair in enumerate(zip(a, b)) if pair[0] != pair[1]), None) for a, b in zip(expected, got)]
+    from common.equality import first_difference
+
+    steps = [first_difference(*rows) for rows in zip(expected, got)]
     parted = [step for step in steps if step is not None]
     if not parted:
         return "the same tokens"
