@@ -5,7 +5,7 @@
 // Predicted: launch and synchronisation (10 us), and 8192 reads of at least a microsecond each, a few hundred at a
 // time. 32 blocks of 256 threads use 32 of the multiprocessors, and each multiprocessor has its own small
 // address-translation cache and its own queue of misses: every row lies in another page.
-// Measured: 32.8 us (one H200, wall time, median of 100; 10th to 90th percentile 30.3 to 35.0), about what the parts
+// Measured: 29.0 us (one H200, wall time, median of 100; 10th to 90th percentile 28.0 to 31.1), about what the parts
 // above add up to. The last sentence names a limit that step 4 does not find.
 #include "copy_first_column.h"
 

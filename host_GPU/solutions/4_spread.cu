@@ -5,9 +5,9 @@
 // with unified addressing, which every 64-bit system has, a mapped page-locked pointer is valid on the device as it is.
 // Predicted: under 60 us for 8192 rows. The limit is the number of reads that may be outstanding on the bus times their
 // latency (more than a microsecond, since the rows are in no cache), plus about 10 us of launch and synchronisation.
-// Measured: 31.6 us (one H200, wall time, median of 100; 10th to 90th percentile 30.4 to 33.7). Under 60 as predicted,
-// but 1.2 us less than step 3 lie within the spread: 32 multiprocessors had enough reads outstanding already, and
-// spreading them does not pay. What launch and synchronisation take of the 31.6 us is not measured.
+// Measured: 28.3 us (one H200, wall time, median of 100; 10th to 90th percentile 27.4 to 29.8). Under 60 as predicted,
+// but 0.7 us less than step 3 lie within the spread: 32 multiprocessors had enough reads outstanding already, and
+// spreading them does not pay. What launch and synchronisation take of the 28.3 us is not measured.
 #include "copy_first_column.h"
 
 #include <cuda_runtime.h>

@@ -3,11 +3,11 @@
 // Predicted: far from the copy's speed. Neighbouring threads read addresses a whole row apart, so each 32-byte sector
 // that is fetched serves one float, and a matrix of 8192 rows keeps only 8192 threads busy, where an H200 has room for
 // 270,336.
-// Measured: 2,115 us = 254 GB/s (one H200, CUDA graph over distinct buffers), 6 % of what the best kernels reach; the
-// course asks for 300. As predicted; which of the two reasons it is, the time does not tell. If each sector served one
-// float, 6.4 GB would move, 1.5 ms at the copy's speed. If it served all eight (the sectors of 64 threads fit in L1), a
-// thread waited 1 us for each sector, about a trip to memory. A profile would tell. A single launch took 1,707 us; why
-// that is less is not known.
+// Measured: 1,683 us = 319 GB/s (one H200, CUDA graph over distinct buffers), 8 % of the copy; the course asks for 300.
+// As predicted; which of the two reasons it is, the time does not tell. If each sector served one float, 6.4 GB would
+// move, 1.5 ms at the copy's speed. If it served all eight (the sectors of 64 threads fit in L1), a thread waited 0.8 us
+// for each sector, about a trip to memory. A profile would tell. In an earlier run the graph took 2,115 us (254 GB/s)
+// and a single launch 1,707; why is not known. A single launch of this run took 1,693.
 #include "rms_norm_matrix.h"
 
 #include <cuda_runtime.h>

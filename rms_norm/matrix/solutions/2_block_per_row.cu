@@ -5,10 +5,9 @@
 // Predicted: most of the copy's speed on long rows. The row is read twice; the second reading mostly comes from the
 // caches (a row of 8192 floats has 32 KiB), so memory traffic is about that of a copy. What is lost: each thread has
 // few loads in flight, and the barriers of the tree leave the memory idle in between.
-// Measured: 177.2 us = 3,031 GB/s (one H200, CUDA graph over distinct buffers), 12 times step 1 and 73 % of the
-// quickest that was timed beside it (torch.compile, 128.8 us). As predicted: had the second reading come from memory
-// too, 768 MiB in that time would be 4,545 GB/s, more than anything there moved. How the rest divides between the few
-// loads in flight and the barriers is not measured.
+// Measured: 176.1 us = 3,049 GB/s (one H200, CUDA graph over distinct buffers), 9.6 times step 1 and 72 % of the copy
+// (127.2 us). As predicted: had the second reading come from memory too, 768 MiB in that time would be 4,574 GB/s, more
+// than the copy reached. How the rest divides between the few loads in flight and the barriers is not measured.
 #include "rms_norm_matrix.h"
 
 #include <cuda_runtime.h>

@@ -6,10 +6,11 @@
 // Predicted: the speed of a copy of the same bytes, within a few percent. The limit is memory: 8192 x 8192 floats in
 // and out are 512 MiB, and there is one multiplication or two a float. What keeps it from the copy: each block waits
 // once for its slowest load before it can write, and only the other blocks of the multiprocessor fill that gap.
-// Measured: with streaming hints (__ldcs, __stcs), which it had then, 135.6 us = 3,958 GB/s (one H200, CUDA graph over
-// distinct buffers): 2 % above a copy with the same hints, but beside it torch.compile took 128.8 us (4,168 GB/s) and
-// Liger, without hints, 130.7. The hints were meant to keep the weight in the cache; on this GPU they seem to cost, as
-// in silu/CUDA. Without them: not yet measured, expected about 129 us.
+// Measured: 132.2 us = 4,060 GB/s (one H200, CUDA graph over distinct buffers), 96.2 % of the copy (127.2 us);
+// torch.compile took 128.3 us beside it, Liger 130.3. In an earlier run, with streaming hints (__ldcs, __stcs) that
+// were meant to keep the weight in the cache, it took 135.6 us. Without them about 129 were predicted: half of that
+// came, and some 0.5 us of it is the difference between the runs (torch.compile and Liger took that much less too).
+// Whether the 5 us that are left are the one wait of each block is not measured.
 //
 // Rows whose length is no multiple of 4 (a float4 needs an address that is a multiple of 16), or too long for the
 // registers of a block, take the loop of step 2, with shuffles.

@@ -4,7 +4,7 @@
 // device's 132 multiprocessors.
 // Predicted: the first kernel takes nearly all the time. One multiprocessor draws some tens of GB/s, and 2^20 floats
 // are 4 MiB.
-// Measured: 46.0 us = 274 GB/s (one H200, CUDA graph over distinct buffers): the course's 200 GB/s at once. Both
+// Measured: 46.3 us = 272 GB/s (one H200, CUDA graph over distinct buffers): the course's 200 GB/s at once. Both
 // kernels together took less than 4 MiB at "some tens of GB/s" would: one multiprocessor drew at least 91 GB/s. How the
 // time divides between the kernels is not measured.
 #include "rms_norm_vector.h"

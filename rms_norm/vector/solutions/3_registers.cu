@@ -8,9 +8,9 @@
 // Predicted: above 1,000 GB/s at 2^20 floats (12 MiB in under 12.6 us), far below the copy's speed. The bytes
 // themselves take 3 us; the limit is latency: starting a cooperative kernel, one load from memory, the grid barrier,
 // one load of the sums, one store, none of which overlap.
-// Measured: 7.47 us = 1,684 GB/s (one H200, CUDA graph over distinct buffers), 3.5 times step 2 and better than
-// predicted; torch.compile took 9.13 us, a copy of as many bytes, streamed, 4.67 us. So 2.8 us are what the chain of
-// waits costs beyond a copy; how they divide is not measured.
+// Measured: 7.42 us = 1,697 GB/s (one H200, CUDA graph over distinct buffers), 3.5 times step 2 and better than
+// predicted; torch.compile took 9.17 us, a copy of as many bytes 4.59 us. So 2.8 us are what the chain of waits costs
+// beyond a copy; how they divide is not measured.
 #include "rms_norm_vector.h"
 
 #include <cooperative_groups.h>
