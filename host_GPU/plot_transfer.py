@@ -29,27 +29,42 @@ def read_series(path: Path) -> dict[str, tuple[list[int], list[float]]]:
     for row in rows:
         sizes, speeds = series.setdefault(f"{row['memory']}, {row['direction']}", ([], []))
         sizes.append(int(row["bytes"]))
-        speeds.append(float(row["gb_per_s"]))
+        speeds.append(int(row["bytes"]) / float(row["time_us"]) * 1e-3)  # gb_per_s is rounded: coarse for few bytes
     return series
 
 
+def machine_of(facts: dict) -> str:
+    """The footer: device, CUDA of the driver, repeats and date, as transfer.json has them."""
+    if not facts:
+        return "machine not recorded"
+    driver = int(facts.get("driver", 0))
+    parts = [facts.get("device", "unknown device"), f"driver's CUDA {driver // 1000}.{driver % 1000 // 10}"]
+    return " · ".join([*parts, f"median of {facts.get('repeats', '?')}", str(facts.get("utc", ""))[:10]])
+
+
 def draw(series: dict[str, tuple[list[int], list[float]]], machine: str, target: Path) -> None:
-    import matplotlib
+    from common import plots
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for label, (sizes, speeds) in series.items():
-        axes.plot(sizes, speeds, marker="o", markersize=3, label=label, linestyle="-" if "pinned" in label else "--")
+    figure, ax = plots.new_figure("Copies between host and device")
+    for number, (label, (sizes, speeds)) in enumerate(series.items()):
+        style = "-" if "pinned" in label else "--"
+        hollow = "white" if "device to host" in label else None  # where two lines lie upon each other both show
+        ax.plot(
+            sizes,
+            speeds,
+            label=label,
+            linestyle=style,
+            color=plots.COLOURS[number % len(plots.COLOURS)],
+            marker=plots.MARKERS[number % len(plots.MARKERS)],
+            markerfacecolor=hollow,
+            markersize=4 if hollow else 8,
+        )
     peak = max(max(speeds) for _, speeds in series.values())
-    axes.axhline(peak, color="grey", linewidth=0.8, label=f"best measured: {peak:.1f} GB/s")
-    axes.set(xscale="log", yscale="log", xlabel="bytes", ylabel="GB/s", title="Copies between host and device")
-    axes.set_xscale("log", base=2)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.text(0.01, 0.01, machine, fontsize=7)
-    figure.savefig(target, dpi=150, bbox_inches="tight")
+    plots.ceiling_line(ax, peak, "best measured", "GB/s", digits=3)
+    ax.set_yscale("log")
+    plots.log2_axis(ax, sorted({size for sizes, _ in series.values() for size in sizes}))
+    ax.set(xlabel="bytes", ylabel="GB/s")
+    plots.save(figure, target, machine)
 
 
 def main() -> None:
@@ -63,11 +78,7 @@ def main() -> None:
     )
     series = read_series(path)
     facts = path.with_suffix(".json")
-    machine = (
-        " | ".join(str(v) for v in json.loads(facts.read_text()).values())
-        if facts.is_file()
-        else "machine not recorded"
-    )
+    machine = machine_of(json.loads(facts.read_text()) if facts.is_file() else {})
     folder = args.out or path.parent
     folder.mkdir(parents=True, exist_ok=True)
     draw(series, machine, folder / "transfer.png")

@@ -143,26 +143,62 @@ def measure_transfers(out: Path, work: Path) -> None:
 
 
 def draw(rows: list[dict], path: Path, footer: str) -> Path:
-    """A panel a lab: solutions and peers, the copy and the mark as lines."""
+    """A panel a lab: solutions and peers with their figures, the copy and the mark as lines."""
     from common import plots
 
     labs = [name for name in LABS if any(r["lab"] == name and r["time_us"] for r in rows)]
     figure, axes = plots.new_figure("The labs' solutions, beside peers and a copy of the same bytes", panels=len(labs))
     for ax, name in zip([axes] if len(labs) == 1 else axes, labs):
-        timed = [r for r in rows if r["lab"] == name and r["time_us"]]
-        bars, column = [r for r in timed if r["kind"] != "copy"], "time_us" if name == "host_GPU" else "gb_per_s"
-        colours = [plots.COLOURS[0] if r["kind"] == "solution" else "#999999" for r in bars]
-        ax.barh([r["name"] for r in bars], [r[column] for r in bars], color=colours)
-        for row in timed:
-            if row["kind"] == "copy":
-                ax.axvline(row[column], color=plots.CEILING_COLOUR, linestyle="--", label=f"copy: {row[column]:,.0f}")
-        if MARKS[name].column == column:
-            ax.axvline(MARKS[name].value, color="#000000", linestyle=":", label=f"mark: {MARKS[name].value:g}")
-        if column == "time_us":
-            ax.set_xscale("log")
-        ax.invert_yaxis()
-        ax.set(title=name, xlabel="wall time, us" if column == "time_us" else "GB/s")
+        _draw_lab(ax, name, [r for r in rows if r["lab"] == name and r["time_us"]])
     return plots.save(figure, path, footer)
+
+
+def _draw_lab(ax, name: str, timed: list[dict]) -> None:
+    from common import plots
+
+    column, unit = ("time_us", "µs") if name == "host_GPU" else ("gb_per_s", "GB/s")
+    lines = []
+    for kind, label, colour in (("solution", "solution", plots.COLOURS[0]), ("peer", "peer", "#999999")):
+        bars = [r for r in timed if r["kind"] == kind]
+        if bars:
+            lines.append(ax.barh([r["name"] for r in bars], [r[column] for r in bars], color=colour, label=label))
+    copy = next((r[column] for r in timed if r["kind"] == "copy"), None)
+    if copy:
+        label = f"copy: {copy:,.0f} {unit}"
+        lines.append(ax.axvline(copy, color=plots.CEILING_COLOUR, linestyle="--", label=label))
+    mark = MARKS[name]
+    value = mark.value if mark.column == column else copy * mark.value / 100 if copy else None
+    if value:
+        label = f"mark: {mark.value:,g} {unit if mark.column == column else '% of it'}"
+        lines.append(ax.axvline(value, color="#000000", linestyle=":", label=label))
+    if column == "time_us":
+        ax.set_xscale("log")
+        ax.set_xlim(left=10)
+    _label_bars(ax, timed, column)
+    ax.invert_yaxis()
+    ax.set_title(name)
+    ax.set_xlabel("wall time, µs" if column == "time_us" else "GB/s", loc="right")
+    plots.legend_below(ax, columns=2 if copy else 3, handles=lines)
+
+
+def _label_bars(ax, timed: list[dict], column: str) -> None:
+    """The figure at the foot of a bar, where no line crosses it, or behind a bar that is too short to hold it."""
+    from common import plots
+
+    ax.autoscale_view()
+    for row in timed:
+        if row["kind"] == "copy":
+            continue
+        inside = ax.transAxes.inverted().transform(ax.transData.transform((row[column], 0)))[0] > 0.12
+        ax.annotate(
+            plots.number(row[column], 3),
+            (ax.get_xlim()[0] if inside else row[column], row["name"]),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=11,
+            color="white" if inside else "black",
+        )
 
 
 def summarise(rows: list[dict]) -> None:
