@@ -8,9 +8,9 @@
 // once for its slowest load before it can write, and only the other blocks of the multiprocessor fill that gap.
 // Measured: 132.2 us = 4,060 GB/s (one H200, CUDA graph over distinct buffers), 96.2 % of the copy (127.2 us);
 // torch.compile took 128.3 us beside it, Liger 130.3. In an earlier run, with streaming hints (__ldcs, __stcs) that
-// were meant to keep the weight in the cache, it took 135.6 us. Without them about 129 were predicted: half of that
-// came, and some 0.5 us of it is the difference between the runs (torch.compile and Liger took that much less too).
-// Whether the 5 us that are left are the one wait of each block is not measured.
+// were meant to keep the weight in the cache, it took 135.6 us; without them about 129 were predicted, and half of that
+// came. How much of it is the hints' is open: between the runs torch.compile and Liger lost 0.5 us, but a streamed copy
+// 3.2. Nor is it measured whether the 5 us that are left are the one wait of each block. Time both in one run.
 //
 // Rows whose length is no multiple of 4 (a float4 needs an address that is a multiple of 16), or too long for the
 // registers of a block, take the loop of step 2, with shuffles.
