@@ -84,15 +84,18 @@ def window(events: Sequence[Event], most: int = MAX_FILE_EVENTS) -> list[Event]:
 # --- recording -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Recorded:
-    """A run under the profiler: its events, how long it took, and its beginning on the profiler's clock."""
+    """A run under the profiler: its events, how long it took, and its beginning on the profiler's clock and on the
+    engine's, read together.
+    """
 
     events: list[Event]
     wall_s: float
     start_ns: int
+    engine_start_s: float
 
 
-def record(run: Callable[[], Any], device_type: str) -> tuple[Any, Recorded]:
-    """`run()` under torch's profiler; what it returned, and what was recorded.
+def record(run: Callable[[], Any], device_type: str, engine_clock: Callable[[], float]) -> tuple[Any, Recorded]:
+    """`run()` under torch's profiler; what it returned, and what was recorded. engine_clock: seconds.
 
     On CUDA only the device's activities and the calls that launch them: recording every operator would slow the host
     down, and the host is what the share is about.
@@ -102,12 +105,28 @@ def record(run: Callable[[], Any], device_type: str) -> tuple[Any, Recorded]:
     on_gpu = device_type == "cuda"
     options = {"use_cpu": False, "use_device": "cuda"} if on_gpu else {"use_cpu": True}
     with profile(use_kineto=True, **options) as profiler:
-        start_ns, start = time.time_ns(), time.perf_counter()  # the profiler stamps with the time of day
+        # Only now: the profiler takes milliseconds to start, on a busy machine many.
+        start_ns, engine_start_s = same_moment(engine_clock)
+        start = time.perf_counter()
         result = run()
         wall_s = time.perf_counter() - start
     # The raw events: `profiler.function_events` would make a tree of them, which takes minutes for a million.
     events = [_event(raw) for raw in profiler.kineto_results.events()]
-    return result, Recorded(events if on_gpu else _of_main_thread(events), wall_s, start_ns)
+    return result, Recorded(events if on_gpu else _of_main_thread(events), wall_s, start_ns, engine_start_s)
+
+
+def same_moment(clock: Callable[[], float], tries: int = 10) -> tuple[int, float]:
+    """(nanoseconds of the time of day, with which the profiler stamps, and `clock()`) at one moment.
+
+    Of several tries the one that took least: in any of them the process may have had to wait between the readings.
+    """
+
+    def read() -> tuple[int, int, float]:
+        before, value, after = time.time_ns(), clock(), time.time_ns()
+        return after - before, (before + after) // 2, value
+
+    _, moment_ns, value = min(read() for _ in range(tries))
+    return moment_ns, value
 
 
 def _event(raw: Any) -> Event:
@@ -146,11 +165,11 @@ def trace_json(events: Sequence[Event], steps: Sequence[tuple[int, int, str]], o
     return json.dumps({"traceEvents": rows, "displayTimeUnit": "ms"})
 
 
-def step_events(loop: Any, recorded: Recorded, engine_start_s: float) -> list[tuple[int, int, str]]:
-    """The loop's iterations on the profiler's clock. engine_start_s: the engine's clock at `recorded.start_ns`."""
+def step_events(loop: Any, recorded: Recorded) -> list[tuple[int, int, str]]:
+    """The loop's iterations on the profiler's clock: (start_ns, end_ns, name) each."""
     found = []
     for number, iteration in enumerate(loop.iterations):
-        start_ns = recorded.start_ns + int((loop.start_s + iteration.start_s - engine_start_s) * 1e9)
+        start_ns = recorded.start_ns + int((loop.start_s + iteration.start_s - recorded.engine_start_s) * 1e9)
         work = iteration.work
         name = f"{number}: {work.decode_tokens} decodes, {work.prefill_tokens} prompt tokens"
         found.append((start_ns, start_ns + int(iteration.time_us * 1e3), name))
@@ -159,13 +178,12 @@ def step_events(loop: Any, recorded: Recorded, engine_start_s: float) -> list[tu
 
 def trace(path: str, serve: Callable[[], Any], engine: Any, device_type: str) -> str:
     """One more run, `serve() -> Run`, recorded and written to `path`; what is to be said of it, in words."""
-    engine_start_s = engine.now()
-    run, recorded = record(serve, device_type)
+    run, recorded = record(serve, device_type, engine.now)
     kernel_kind = "kernel" if device_type == "cuda" else "host"
     share = middle_share([(e.start_ns, e.end_ns) for e in recorded.events if e.kind == kernel_kind])
     shown = window(recorded.events)
     begin, end = (shown[0].start_ns, max(e.end_ns for e in shown)) if shown else (recorded.start_ns, recorded.start_ns)
-    steps = [step for step in step_events(run.loops[0], recorded, engine_start_s) if step[1] > begin and step[0] < end]
+    steps = [step for step in step_events(run.loops[0], recorded) if step[1] > begin and step[0] < end]
     write_atomic(Path(path), trace_json(shown, steps, recorded.start_ns).encode())
     return in_words(share, recorded, len(shown), (begin - recorded.start_ns) / 1e9, (end - begin) / 1e9, kernel_kind)
 

@@ -63,8 +63,8 @@ def test_a_long_run_is_cut_to_its_middle():
 def test_the_file_is_a_chrome_trace_with_the_steps_above():
     work = Work(prefill_tokens=5, decode_tokens=2)
     loop = SimpleNamespace(start_s=3.0, iterations=[Iteration(0.5, 250.0, work, 3, 0, 1)])
-    recorded = Recorded([], 1.0, start_ns=1_000_000_000)
-    steps = trace.step_events(loop, recorded, engine_start_s=2.0)
+    recorded = Recorded([], 1.0, start_ns=1_000_000_000, engine_start_s=2.0)
+    steps = trace.step_events(loop, recorded)
     assert steps == [(2_500_000_000, 2_500_250_000, "0: 2 decodes, 5 prompt tokens")]
     events = [
         Event(1_000_002_000, 1_000_005_500, "gemm", "kernel", 7),
@@ -101,7 +101,7 @@ def test_only_kernels_count_on_a_gpu(monkeypatch, tmp_path):
     """A copy and a call fill the time in which no kernel runs: the share must not see them."""
     events = [Event(0, 40, "a", "kernel", 7), Event(40, 100, "Memcpy", "copy", 7), Event(0, 100, "wait", "host", 1)]
     events.append(Event(90, 100, "b", "kernel", 7))
-    monkeypatch.setattr(trace, "record", lambda run, device: (run(), Recorded(events, 1e-7, 0)))
+    monkeypatch.setattr(trace, "record", lambda run, *_: (run(), Recorded(events, 1e-7, 0, 0.0)))
     run = SimpleNamespace(loops=[SimpleNamespace(start_s=0.0, iterations=[])])
     text = trace.trace(str(tmp_path / "t.json"), lambda: run, SimpleNamespace(now=lambda: 0.0), "cuda")
     assert "kernels ran for 37.5%" in text  # 10 .. 40 of 10 .. 90
@@ -109,7 +109,7 @@ def test_only_kernels_count_on_a_gpu(monkeypatch, tmp_path):
 
 def test_a_trace_that_stops_early_says_so(monkeypatch, tmp_path):
     events = [Event(0, 100, "a", "kernel", 7)]
-    monkeypatch.setattr(trace, "record", lambda run, device: (run(), Recorded(events, 1.0, 0)))
+    monkeypatch.setattr(trace, "record", lambda run, *_: (run(), Recorded(events, 1.0, 0, 0.0)))
     run = SimpleNamespace(loops=[SimpleNamespace(start_s=0.0, iterations=[])])
     text = trace.trace(str(tmp_path / "t.json"), lambda: run, SimpleNamespace(now=lambda: 0.0), "cuda")
     assert "did not see all of the run" in text
@@ -127,7 +127,7 @@ def test_recording_on_a_cpu_sees_the_operators_and_not_the_pause():
             torch.mm(x, x)
         return "result"
 
-    result, recorded = trace.record(run, "cpu")
+    result, recorded = trace.record(run, "cpu", time.perf_counter)
     assert result == "result" and recorded.wall_s > 0.2
     assert sum(event.name == "aten::mm" for event in recorded.events) == 10
     assert all(event.kind == "host" for event in recorded.events)
@@ -135,3 +135,54 @@ def test_recording_on_a_cpu_sees_the_operators_and_not_the_pause():
     assert 0.2 < span <= recorded.wall_s + 0.01
     share = middle_share([(e.start_ns, e.end_ns) for e in recorded.events])
     assert share.busy_s < share.total_s - 0.1
+
+
+def test_a_step_holds_its_operators_however_long_the_profiler_takes_to_start(monkeypatch):
+    """On one clock a step begins before its product and ends after it; a base read before the start is 50 ms off."""
+    torch = pytest.importorskip("torch")
+    profile = pytest.importorskip("torch.autograd.profiler").profile
+    start_profiler = profile.__enter__
+
+    def start_slowly(self):
+        time.sleep(0.05)
+        started = start_profiler(self)
+        time.sleep(0.05)
+        return started
+
+    monkeypatch.setattr(profile, "__enter__", start_slowly)
+    x, pause_s = torch.randn(200, 200), 0.005  # around a product: far more than the clocks differ by
+
+    def serve():
+        iterations, start_s = [], time.perf_counter()
+        for number in range(5):
+            begin_s = time.perf_counter()
+            time.sleep(pause_s)
+            torch.mm(x, x)
+            time.sleep(pause_s)
+            time_us = (time.perf_counter() - begin_s) * 1e6
+            iterations.append(Iteration(begin_s - start_s, time_us, Work(decode_tokens=number), 1, 0, 1))
+        return SimpleNamespace(loops=[SimpleNamespace(start_s=start_s, iterations=iterations)])
+
+    run, recorded = trace.record(serve, "cpu", time.perf_counter)
+    steps = trace.step_events(run.loops[0], recorded)
+    products = sorted(event for event in recorded.events if event.name == "aten::mm")
+    assert len(products) == len(steps) == 5
+    for (begin_ns, end_ns, _), product in zip(steps, products):
+        assert begin_ns < product.start_ns and product.end_ns < end_ns
+
+
+def test_two_clocks_are_read_at_one_moment(monkeypatch):
+    """The process is put aside for a second while it reads, in all tries but one."""
+    now_ns, tries = [0], iter(range(10))
+
+    def time_of_day():
+        now_ns[0] += 100
+        return now_ns[0]
+
+    def clock():
+        now_ns[0] += 0 if next(tries) == 6 else 10**9
+        return now_ns[0] / 1e9
+
+    monkeypatch.setattr(trace.time, "time_ns", time_of_day)
+    moment_ns, value = trace.same_moment(clock)
+    assert abs(moment_ns - value * 1e9) <= 50 + 1
