@@ -2,16 +2,19 @@
 
 Three policies serve the same requests with the same number of slots: static batches whose finished rows go on computing
 (naive), static batches whose finished rows are dropped, and continuous batching (continous_scheduler.py). The engine,
-the weights and the tokens that come out are the same; only who is computed when differs.
+the weights and the tokens that come out are the same; only who is computed when differs. --policies takes some of them:
+on a large set the naive ones need minutes.
 
 Writes results/continous_{requests,iterations,slots,summary}.csv and continous_comparison.png: throughput beside what
 the roofline allows for the steps of each policy, the distribution of latencies, and who holds which slot when.
 
     python assignment4/Section1/continous_main.py
     python assignment4/Section1/continous_main.py --simulate h200:llama3-8b --requests mix --req-batch-size 128
+    python assignment4/Section1/continous_main.py --policies naive-dropped,continuous
     torchrun --nproc-per-node 2 assignment4/Section1/continous_main.py        each process serves half of the requests
 """
 
+import argparse
 import contextlib
 import sys
 from functools import partial
@@ -24,6 +27,7 @@ from common import cli, distributed, results
 from common.batching import experiment, peers
 from common.batching.files import SLOT_COLUMNS, SUMMARY_COLUMNS, Files, Policy
 from common.batching.setup import prepare
+from common.errors import UserError
 
 PRESETS = {
     "quick": {"req_batch_size": 3, "repeats": 1},
@@ -33,6 +37,7 @@ PRESETS = {
 REQUESTS = "handout"
 SET_SHAPES = {"quick": {"count": 8, "max_output": 12}, "laptop": {"count": 30}, "course": {"count": 100}}
 NAIVE, DROPPED, CONTINUOUS = "naive", "naive, rows dropped", "continuous"
+POLICIES = {"naive": NAIVE, "naive-dropped": DROPPED, "continuous": CONTINUOUS}  # as typed; they run in this order
 IDLE = {"facecolor": "#D9D9D9", "edgecolor": "#999999"}
 SHOWN_COLUMNS = (
     *("policy", "requests", "output_tokens", "time", "tokens_per_s", "ttft_p50_s", "tpot_p50_s", "latency_p50_s"),
@@ -41,6 +46,8 @@ SHOWN_COLUMNS = (
 
 
 def main(args):
+    if args.load and "continuous" not in args.policies:
+        raise UserError("--load: serves the continuous policy, which --policies leaves out; add it or leave --load out")
     if not distributed.is_rank():
         return run(args)
     with distributed.open_world(args) as world:  # torchrun: each rank serves a share on a model of its own
@@ -51,11 +58,12 @@ def run(args, world=None):
     setup = prepare(args, __file__, PRESETS, world)
     requests = experiment.read_requests(args, setup, REQUESTS, SET_SHAPES)
     slots = args.req_batch_size
-    policies = [
-        Policy(NAIVE, partial(NaiveScheduler, req_batch_size=slots, drop_finished=False)),
-        Policy(DROPPED, partial(NaiveScheduler, req_batch_size=slots, drop_finished=True)),
-        Policy(CONTINUOUS, partial(Scheduler, req_batch_size=slots)),
-    ]
+    makers = {
+        "naive": partial(NaiveScheduler, req_batch_size=slots, drop_finished=False),
+        "naive-dropped": partial(NaiveScheduler, req_batch_size=slots, drop_finished=True),
+        "continuous": partial(Scheduler, req_batch_size=slots),
+    }
+    policies = [Policy(POLICIES[name], makers[name]) for name in args.policies]
     record = setup.facts
     files = Files(setup.out, "continous", setup.suffix, record, resume=args.resume, compare=bool(args.compare))
     peer = peers.hugging_face(args, setup)
@@ -74,28 +82,40 @@ def run(args, world=None):
     if not files.summary.rows:
         return
     experiment.report(args, setup, files, runs, SHOWN_COLUMNS)
-    experiment.say(in_words(files.summary.rows), at_load, peers.in_words(files.summary.rows, CONTINUOUS))
+    experiment.say(in_words(files.summary.rows), at_load, peers.in_words(files.summary.rows, policies[-1].name))
     if not args.no_plot:
         cli.print_written(draw(files.summary.path, files.requests.path, files.slots.path))
     experiment.check(setup, files, failures)
 
 
+def policy_names(text):
+    """What --policies names, in the order in which they run; the first one's tokens are what the others' must be."""
+    names = text.split(",") if text.strip() else []
+    names = [name.strip() for name in names]
+    known = ", ".join(POLICIES)
+    if not names:
+        raise argparse.ArgumentTypeError(f"no policy is named; take some of {known}")
+    for name in names:
+        if name not in POLICIES:
+            raise argparse.ArgumentTypeError(f"{name!r} is no policy; take some of {known}")
+        if names.count(name) > 1:
+            raise argparse.ArgumentTypeError(f"{name!r} is named twice")
+    return [name for name in POLICIES if name in names]
+
+
 def in_words(rows):
-    """What the summary means, for the policies that are in it."""
+    """What the summary means: the last of the policies that are in it against those before it."""
     by_name = {row["policy"]: row for row in rows}
-    now = by_name.get(CONTINUOUS)
-    sentences = []
-    for name in (NAIVE, DROPPED):
-        before = by_name.get(name)
-        if before and now:
-            sentences.append(
-                f"continuous served the {now['requests']} requests in {now['time']:.2f} s instead of "
-                f"{before['time']:.2f} s ({name}): {now['tokens_per_s'] / before['tokens_per_s']:.2f}x the throughput"
-            )
-    if now:
-        sentences.append(f"on average {now['mean_running']:.1f} requests were computed in a step")
-    if by_name.get(NAIVE):
-        before = by_name[NAIVE]
+    *others, last = [by_name[name] for name in POLICIES.values() if name in by_name]
+    sentences = [
+        f"{last['policy']} served the {last['requests']} requests in {last['time']:.2f} s instead of "
+        f"{before['time']:.2f} s ({before['policy']}): "
+        f"{last['tokens_per_s'] / before['tokens_per_s']:.2f}x the throughput"
+        for before in others
+    ]
+    if last["policy"] != NAIVE:  # whose rows are of ended requests too
+        sentences.append(f"on average {last['mean_running']:.1f} requests were computed in a step")
+    if before := by_name.get(NAIVE):
         wasted = 1 - before["output_tokens"] / before["rows_computed"]
         sentences.append(f"of the rows that naive computed, {wasted:.0%} belonged to requests that had ended")
     return "; ".join(sentences) + "."
@@ -172,9 +192,10 @@ def draw_timeline(ax, holds, policies):
     ax.set_yticks(middles, [policy.replace(", ", ",\n") for policy in policies])
     ax.invert_yaxis()
     ax.set(xlabel="seconds", xlim=(0, until), title=f"who holds which of the {slots} slots: a colour a request")
-    # Below, beside the axis' name: of the slots none may be covered.
-    idle = Patch(**IDLE, label="ended, but the slot is kept")
-    ax.legend(handles=[idle], loc="upper right", bbox_to_anchor=(1, -0.07), borderaxespad=0)
+    if {NAIVE, DROPPED} & set(policies):
+        # Below, beside the axis' name: of the slots none may be covered.
+        idle = Patch(**IDLE, label="ended, but the slot is kept")
+        ax.legend(handles=[idle], loc="upper right", bbox_to_anchor=(1, -0.07), borderaxespad=0)
     ax.grid(axis="y", visible=False)
 
 
@@ -189,4 +210,11 @@ def timeline_end(holds, slots):
 if __name__ == "__main__":
     parser = cli.build_parser(__doc__, compare=("hf", "vllm"))
     experiment.add_options(parser, REQUESTS)
+    parser.add_argument(
+        "--policies",
+        type=policy_names,
+        default=list(POLICIES),
+        metavar="NAMES",
+        help=f"which to run, with commas between (default: {','.join(POLICIES)})",
+    )
     cli.run(main, parser)

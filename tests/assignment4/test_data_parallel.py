@@ -50,6 +50,15 @@ def test_two_ranks_serve_the_set_between_them(tmp_path):
     assert two.stdout.count("wrote ") == one.stdout.count("wrote ")
 
 
+def test_two_ranks_run_the_policies_that_are_named(tmp_path):
+    done = start("--out", tmp_path, "--policies", "continuous", "--no-plot", ranks=2)
+    assert done.returncode == 0, done.stderr
+    (row,) = rows_of(tmp_path / "continous_summary.csv")
+    assert (row["policy"], row["requests"]) == ("continuous", "8")
+    assert {row["replica"] for row in rows_of(tmp_path / "continous_iterations.csv")} == {"0", "1"}
+    assert " instead of " not in done.stdout and " against " not in done.stdout
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -126,6 +126,70 @@ def test_scale_and_trace_of_a_real_run(tmp_path):
     assert [r["engine"] for r in summary] == ["ours", "ours", "hf"]
 
 
+NAMES = {"naive": "naive", "naive-dropped": "naive, rows dropped", "continuous": "continuous"}
+
+
+@pytest.mark.parametrize(
+    "typed, compared",
+    [
+        ("naive", []),
+        ("naive-dropped", []),
+        ("continuous", []),
+        ("naive-dropped,naive", ["naive-dropped served"]),
+        ("continuous,naive-dropped", ["continuous served"]),
+    ],
+)
+def test_policies_that_are_named_run_and_no_others(typed, compared, tmp_path):
+    done = simulate("continous", tmp_path, "--policies", typed)
+    names = [NAMES[name] for name in NAMES if name in typed.split(",")]  # in their own order, not in the typed one
+    for kind in ("summary", "requests", "slots", "iterations"):
+        rows = read_rows(tmp_path / "out" / f"continous_{kind}_simulated.csv", ())
+        assert list(dict.fromkeys(row["policy"] for row in rows)) == names, kind
+    said = [f"{NAMES[text.split()[0]]} served the 8 requests" for text in compared]
+    assert all(text in done.stdout for text in said) and done.stdout.count(" instead of ") == len(said)
+    assert ("of the rows that naive computed" in done.stdout) == ("naive" in names)
+    assert not [line for line in done.stdout.splitlines() if line.strip() in ("", ".")]
+    assert (tmp_path / "out" / "continous_comparison_simulated.png").exists()
+
+
+def test_policies_of_a_real_run_are_held_against_one_another(tmp_path):
+    options = ["--model", "random:tiny", "--device", "cpu", "--preset", "quick", "--kv-pages", 200, "--no-plot"]
+    options += ["--out", tmp_path / "out", "--policies"]
+    alone = run("continous", *options, "continuous", "--dump-tokens", tmp_path / "alone", cwd=tmp_path)
+    both = run("continous", *options, "naive-dropped,continuous", "--dump-tokens", tmp_path / "both", cwd=tmp_path)
+    assert "the same tokens" not in alone.stdout and " against " not in alone.stdout
+    assert "continuous against naive, rows dropped: the same tokens" in both.stdout
+    assert (tmp_path / "alone").read_bytes() == (tmp_path / "both").read_bytes()
+
+
+def test_resume_adds_the_policies_that_are_missing(tmp_path):
+    summary = tmp_path / "out" / "continous_summary_simulated.csv"
+    simulate("continous", tmp_path, "--policies", "continuous", "--no-plot")
+    first = summary.read_bytes()
+    done = simulate("continous", tmp_path, "--resume", "--policies", "naive,continuous")
+    assert [row["policy"] for row in read_rows(summary, ())] == ["continuous", "naive"]
+    assert summary.read_bytes().startswith(first) and "continuous served the 8 requests" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (
+            ["--policies", "naive,contiguous"],
+            "'contiguous' is no policy; take some of naive, naive-dropped, continuous",
+        ),
+        (["--policies", ""], "no policy is named"),
+        (["--policies", "naive,"], "'' is no policy"),
+        (["--policies", "naive,continuous,naive"], "'naive' is named twice"),
+        (["--policies", "naive", "--load", "0.8"], "--load"),
+    ],
+)
+def test_bad_policies_are_one_line_before_a_model_is_loaded(options, named, tmp_path):
+    done = run("continous", "--model", "absent", *options, "--out", tmp_path / "out", cwd=tmp_path, code=2)
+    assert named in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not done.stdout and not (tmp_path / "out").exists()
+
+
 def test_mix_is_served_whole(tmp_path):
     done = simulate("chunked", tmp_path, "--requests", "mix", "--req-batch-size", 64, "--budgets", "512", "--no-plot")
     assert "mix, 256 of them, 142,827 tokens in, 133,966 out" in done.stdout
