@@ -7,6 +7,7 @@ gone before the next one's are made.
 from __future__ import annotations
 
 import importlib
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ ELEMENTWISE_ROWS = (8192, 1024)
 ROWS = (1, 8, 32, 64, 96, 128, 192, 256)
 PLANNED_ROWS = (32, 64, 96, 128, 192, 256)
 DECODES = ((1, 4096), (16, 4096), (64, 2048), (256, 1024), (1, 32768), (1, 272), (32, 272), (128, 272))
+RAGGED_DECODES = (32, 64, 128, 192, 256)  # sequences, their contexts drawn evenly from these bounds with a fixed seed
+RAGGED_CONTEXTS = (100, 1500)
 PREFILLS = ((16, 1024), (4, 4096), (2, 8192), (1, 16384))
 
 
@@ -224,7 +227,7 @@ def hopper_gemm_cases(device, dtype) -> Iterator[Case]:
 
 
 def _pages(batch: int, length: int, copies: int, device, dtype):
-    """One pool of shuffled pages, and a page table for each of `copies` batches of equal lengths."""
+    """One pool of shuffled pages, and a page table for each of `copies` batches of sequences of up to `length`."""
     per_row = -(-length // PAGE_SIZE)
     total = copies * batch * per_row
     pages = torch.randn(total, 2, PAGE_SIZE, KV_HEADS, HEAD_DIM, device=device, dtype=dtype)
@@ -232,20 +235,30 @@ def _pages(batch: int, length: int, copies: int, device, dtype):
 
 
 def decode_cases(device, dtype) -> Iterator[Case]:
-    flashinfer = _installed("flashinfer")
-    for batch, length in DECODES:
-        num_bytes = 2 * batch * length * KV_HEADS * HEAD_DIM * dtype.itemsize
+    """What a step would choose, and beside it a program a sequence and KV head where it would choose shares."""
+    cases = [(f"batch {batch} context {length}", [length] * batch) for batch, length in DECODES]
+    for batch in RAGGED_DECODES:
+        draw = random.Random(batch)
+        shape = f"batch {batch} contexts {RAGGED_CONTEXTS[0]} to {RAGGED_CONTEXTS[1]}"
+        cases.append((shape, [draw.randint(*RAGGED_CONTEXTS) for _ in range(batch)]))
+    for shape, lengths in cases:
+        batch, most = len(lengths), max(lengths)
+        num_bytes = 2 * sum(lengths) * KV_HEADS * HEAD_DIM * dtype.itemsize
         n = min(20, _copies(num_bytes, device))
-        pages, tables = _pages(batch, length, n, device, dtype)
-        lens = torch.full((batch,), length, dtype=torch.int32, device=device)
+        pages, tables = _pages(batch, most, n, device, dtype)
+        lens = torch.tensor(lengths, dtype=torch.int32, device=device)
         qs = torch.randn(n, batch, HEADS, HEAD_DIM, device=device, dtype=dtype)
-        engines = {
-            "ours": _each(lambda q, t, p=pages, s=lens: paged_decode.paged_decode(q, p, t, s, early=True), qs, tables)
-        }
-        if flashinfer:
-            engines["flashinfer"] = _flashinfer_decode(flashinfer, pages, tables, qs, length)
+
+        def ours(q, table, plan=None, pages=pages, lens=lens):
+            return paged_decode.paged_decode_triton(q, pages, table, lens, early=True, plan=plan)
+
+        engines = {"ours": _each(ours, qs, tables)}
+        if paged_decode.balances(batch, KV_HEADS, device):
+            plan = (1, 64, 4, 3, True) if batch * KV_HEADS < 1024 else (1, 32, 1, 4, False)  # the best of many
+            engines["ours, not balanced"] = _each(lambda q, t, plan=plan, run=ours: run(q, t, plan), qs, tables)
+        if _installed("flashinfer") and len(set(lengths)) == 1:
+            engines["flashinfer"] = _flashinfer_decode(_installed("flashinfer"), pages, tables, qs, most)
         want = _each(lambda q, t, p=pages, s=lens: paged_decode.reference(q, p, t, s), qs, tables)
-        shape = f"batch {batch} context {length}"
         yield Case("paged_decode", shape, "read", num_bytes, n, lambda want=want: want(0), engines)
 
 

@@ -26,10 +26,14 @@ if TYPE_CHECKING:
 
 # oneDNN chooses the block layout for this many rows; measured, 32 serves 1 row and 512 rows alike.
 PACK_ROWS = 32
-# Up to how many rows small_gemm beats cuBLAS with its neighbours unfused, and from how many to how many hopper_gemm
-# beats both: measured on an H200 (docs/performance.md).
+# Up to how many rows small_gemm beats cuBLAS with its neighbours unfused, and at how many rows hopper_gemm beats both:
+# measured in decode steps on an H200 (docs/performance.md). Where its tiles of 64, 128, ... rows of x are not nearly
+# full, cuBLAS, whose tiles have any multiple of 8, is ahead.
 MOST_ROWS = {"norm_linear": 32, "linear_add": 64, "norm_gate_up_silu": 64, "linear_float32": 64}
-HOPPER_ROWS = {"norm_gate_up_silu": range(97, 257), "linear_add": range(97, 193)}
+HOPPER_ROWS = {
+    "norm_gate_up_silu": {*range(97, 129), *range(185, 193), *range(249, 257)},
+    "linear_add": {*range(97, 129), *range(185, 193)},
+}
 GEMMS = {"small_gemm": small_gemm, "hopper_gemm": hopper_gemm}
 
 

@@ -14,6 +14,8 @@ import math
 
 import torch
 
+from common.kernels.balanced_decode import MAX_ROWS, balanced_decode_triton
+from common.kernels.decode_block import attend_block, rotated
 from common.kernels.rope_append import reference as rope_append_reference
 from common.kernels.runtime import (
     capability,
@@ -26,6 +28,8 @@ from common.kernels.runtime import (
     runs_triton,
     tl,
 )
+
+BALANCED_FROM = 512  # sequences times KV heads from which on balanced_decode.py is faster, on an H200
 
 
 def reference(q, pages, page_table, kv_lens, scale=None, out_dtype=None):
@@ -51,27 +55,6 @@ def rope_append_decode_reference(qkv, pages, page_table, kv_lens, cos, sin, num_
     rows = torch.arange(qkv.shape[0], device=qkv.device)
     q, _, _ = rope_append_reference(qkv, pages, page_table, rows, kv_lens - 1, cos, sin, num_heads)
     return reference(q, pages, page_table, kv_lens, scale, out_dtype)
-
-
-@jit
-def _rotated(ptr, row, d, cos, sin, mask, HALF: tl.constexpr):
-    """Rows of one head, rotated half-split in float32 and rounded to their own dtype: row [N, 1], d [1, D]."""
-    x = tl.load(ptr + row + d, mask=mask, other=0.0).to(tl.float32)
-    partner = tl.load(ptr + row + tl.where(d < HALF, d + HALF, d - HALF), mask=mask, other=0.0).to(tl.float32)
-    return (x * cos + tl.where(d < HALF, -partner, partner) * sin).to(ptr.dtype.element_ty)
-
-
-@jit
-def _attend(q, k, v, valid, m, l, acc, scale_log2):
-    """One block of keys and values into the running softmax: m [G] in base 2, l [G], acc [G, d]."""
-    scores = tl.dot(q, k.T, input_precision="ieee") * scale_log2
-    scores = tl.where(valid[None, :], scores, float("-inf"))
-    m_new = tl.maximum(m, tl.max(scores, axis=1))
-    shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen yet, and nothing in this block
-    p = tl.exp2(scores - shift[:, None])
-    rescale = tl.exp2(m - shift)
-    acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-    return m_new, l * rescale + tl.sum(p, axis=1), acc
 
 
 @jit
@@ -134,11 +117,11 @@ def _paged_decode_kernel(
         page_new = tl.load(table_row + newest // PAGE_SIZE).to(tl.int64)
         if EARLY and PDL:
             gdc_wait()
-        q = _rotated(q_ptr, q_row, d[None, :], cos, sin, mask_q, HALF)
+        q = rotated(q_ptr, q_row, d[None, :], cos, sin, mask_q, HALF)
         if (split == active - 1) & (length > 0):
             # The newest token starts the running softmax from registers: nothing waits for its way through memory.
             one = (tl.arange(0, 1) * 0)[:, None] + (b * stride_nb + kv_head * stride_nh)
-            k_new = _rotated(k_new_ptr, one, d[None, :], cos, sin, mask_d, HALF)
+            k_new = rotated(k_new_ptr, one, d[None, :], cos, sin, mask_d, HALF)
             v_new = tl.load(v_new_ptr + one + d[None, :], mask=mask_d, other=0.0)
             slot = head_base + page_new * stride_page + (newest % PAGE_SIZE) * stride_token + d[None, :]
             tl.store(slot, k_new, mask=mask_d)
@@ -152,7 +135,7 @@ def _paged_decode_kernel(
         q = tl.load(q_ptr + q_row + d[None, :], mask=mask_q, other=0.0)
 
     if PEEL:
-        m, l, acc = _attend(q, k0, v0, valid0, m, l, acc, scale_log2)
+        m, l, acc = attend_block(q, k0, v0, valid0, m, l, acc, scale_log2)
     for start in tl.range(begin, end, BLOCK_KV, num_stages=STAGES):
         token = start + tl.arange(0, BLOCK_KV)
         valid = token < end
@@ -161,7 +144,7 @@ def _paged_decode_kernel(
         k = tl.load(head_base + offset, mask=valid[:, None] & mask_d, other=0.0)
         # Unused slots hold anything, NaN included, and 0 * NaN is NaN: the mask zeroes V while it is loaded.
         v = tl.load(head_base + stride_kv + offset, mask=valid[:, None] & mask_d, other=0.0)
-        m, l, acc = _attend(q, k, v, valid, m, l, acc, scale_log2)
+        m, l, acc = attend_block(q, k, v, valid, m, l, acc, scale_log2)
 
     head = kv_head * GROUP + g
     l = tl.where(l > 0, l, 1.0)  # length 0: zeros
@@ -206,7 +189,12 @@ def _merge_kernel(
     tl.store(out_ptr + b * stride_ob + head * HEAD_DIM + d, y.to(out_ptr.dtype.element_ty), mask=d < HEAD_DIM)
 
 
-def _plan(batch, num_kv_heads, max_len, row_bytes, device):
+def balances(batch, num_kv_heads, device):
+    """Whether the batch fills the device without being split: then what counts is that all programs end together."""
+    return capability(device) >= (9, 0) and batch <= MAX_ROWS and batch * num_kv_heads >= BALANCED_FROM
+
+
+def split_plan(batch, num_kv_heads, max_len, row_bytes, device):
     """(splits, BLOCK_KV, num_warps, stages, peel), measured on an H200 (docs/performance.md) for rows of 256 bytes.
 
     Parts beyond a short context cost nothing (their programs end at once), so a small batch always gets as many as a
@@ -227,22 +215,20 @@ def _plan(batch, num_kv_heads, max_len, row_bytes, device):
         elif 128 <= programs < 512:
             splits, block_kv, num_warps, stages = round(3 * num_sms(device) / programs), 128, 4, 3
             splits = splits if programs < 256 else 1
-        elif 512 <= programs < 1024:
-            splits, block_kv, num_warps, stages = 1, 64, 4, 3
-        elif programs >= 1024:
-            splits, block_kv, num_warps = 1, 32, 1
     block_kv = max(16, min(block_kv, block_kv * 256 // next_power_of_2(row_bytes)))
     splits = max(1, min(splits, 64))
-    peel = programs < 1024 and (block_kv < 128 or programs * splits <= 2 * num_sms(device))
+    peel = block_kv < 128 or programs * splits <= 2 * num_sms(device)
     return splits, block_kv, num_warps, stages, peel
 
 
 def _launch(q, new, pages, page_table, kv_lens, tables, scale, early, plan):
     batch, num_heads, head_dim = q.shape
     _, _, page_size, num_kv_heads, _ = pages.shape
+    if plan is None and balances(batch, num_kv_heads, q.device):
+        return balanced_decode_triton(q, new, pages, page_table, kv_lens, tables, scale, early)
     k_new, v_new = new if new else (q, q)
     cos, sin = tables if tables else (q, q)
-    splits, block_kv, num_warps, stages, peel = plan or _plan(
+    splits, block_kv, num_warps, stages, peel = plan or split_plan(
         batch, num_kv_heads, page_table.shape[1] * page_size, head_dim * q.element_size(), q.device
     )
     out = torch.empty(batch, num_heads, head_dim, dtype=q.dtype, device=q.device)

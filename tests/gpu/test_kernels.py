@@ -202,7 +202,7 @@ def test_paged_decode(dtype, group, head_dim, page_size):
 
 @pytest.mark.parametrize("batch", [1, 70, 300, 520])
 def test_paged_decode_of_small_and_large_batches(batch):
-    """Each is split and tiled in its own way (paged_decode._plan)."""
+    """Each is split and tiled in its own way (paged_decode.split_plan)."""
     lengths = random_lengths(random.Random(batch), batch, 9000 if batch == 1 else 700)
     check_decode(lengths, 2, 4, 128, 16, BF16, [None])
 
@@ -224,17 +224,25 @@ def check_decode(lengths, kv_heads, group, head_dim, page_size, dtype, plans):
     f32=[(9, 3, 64, 5)],
 )
 def test_rope_append_and_decode_agree_with_the_plain_versions(dtype, heads, kv_heads, head_dim, page_size):
-    lengths = [700, 1, 65]
+    check_rope_append_and_decode([700, 1, 65], heads, kv_heads, head_dim, page_size, dtype)
+
+
+def test_rope_append_and_decode_agree_where_the_batch_is_balanced():
+    lengths = random_lengths(random.Random(0), 200, 700)
+    check_rope_append_and_decode(lengths, 32, 8, 128, 16, BF16)
+
+
+def check_rope_append_and_decode(lengths, heads, kv_heads, head_dim, page_size, dtype):
     cache = Paged(lengths, kv_heads, head_dim, page_size, dtype)
     cos, sin = tables(800, head_dim)
-    qkv = torch.randn(3, (heads + 2 * kv_heads) * head_dim).to(dtype)
+    qkv = torch.randn(len(lengths), (heads + 2 * kv_heads) * head_dim).to(dtype)
     plain, fused, apart = cache.pages.clone(), cache.pages.clone(), cache.pages.clone()
     want = paged_decode.rope_append_decode_reference(
         qkv.clone(), plain, cache.table, cache.lens, cos, sin, heads, out_dtype=torch.float64
     )
     got = paged_decode.rope_append_decode_triton(qkv.clone(), fused, cache.table, cache.lens, cos, sin, heads)
     close(got, want, dtype)
-    rows = torch.arange(3, dtype=torch.int32)
+    rows = torch.arange(len(lengths), dtype=torch.int32)
     q, _, _ = rope_append.rope_append_triton(qkv, apart, cache.table, rows, cache.lens - 1, cos, sin, heads)
     close(paged_decode.paged_decode_triton(q, apart, cache.table, cache.lens), want, dtype)
     for pages in (fused, apart):

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from common.kernels import (
     argmax,
+    balanced_decode,
     matvec,
     paged_decode,
     paged_prefill,
@@ -29,9 +30,13 @@ from common.kernels import (
 )
 from common.tensor_parallel import push_all_reduce
 
-MODULES = (argmax, matvec, paged_decode, paged_prefill, rms_norm, rope_append, silu_mul, small_gemm, push_all_reduce)
+MODULES = (
+    argmax, balanced_decode, matvec, paged_decode, paged_prefill, rms_norm, rope_append, silu_mul, small_gemm,
+    push_all_reduce,
+)  # fmt: skip
 KERNELS = {
     argmax: ["_argmax_kernel"], matvec: ["_matvec_kernel"], paged_decode: ["_paged_decode_kernel", "_merge_kernel"],
+    balanced_decode: ["_balanced_decode_kernel", "_merge_shares_kernel"],
     paged_prefill: ["_paged_prefill_kernel"], rms_norm: ["_rms_norm_kernel"], rope_append: ["_rope_append_kernel"],
     silu_mul: ["_silu_mul_kernel"], small_gemm: ["_small_gemm_kernel"],
     push_all_reduce: ["_low_latency_kernel", "_push_kernel"],

@@ -26,7 +26,17 @@ def test_no_size_of_a_step_compiles_anew(seed):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = {line["kernel"]: line for line in map(json.loads, done.stdout.splitlines())}
-    names = {"argmax", "paged_decode", "merge", "paged_prefill", "rms_norm", "rope_append", "small_gemm"}
+    names = {
+        "argmax",
+        "balanced_decode",
+        "merge_shares",
+        "paged_decode",
+        "merge",
+        "paged_prefill",
+        "rms_norm",
+        "rope_append",
+        "small_gemm",
+    }
     assert set(found) == {f"_{name}_kernel" for name in (*names, "low_latency", "push")}
     assert {name: line["compiled_more_than_once"] for name, line in found.items()} == dict.fromkeys(found, {})
     assert found["_paged_prefill_kernel"]["choices"] == 2  # with prior context and without

@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from common.kernels import matvec, paged_decode, paged_prefill, rms_norm, rope_append, runtime, silu_mul, small_gemm
+from common.kernels import (
+    balanced_decode,
+    matvec,
+    paged_decode,
+    paged_prefill,
+    rms_norm,
+    rope_append,
+    runtime,
+    silu_mul,
+    small_gemm,
+)
 from common.kernels.rms_norm import Norm
 
 pytestmark = pytest.mark.skipif(
@@ -135,13 +145,11 @@ def test_a_first_block_is_held_in_registers_only_where_enough_programs_still_fit
     """132 multiprocessors; blocks of 128 tokens in registers leave room for two programs on each."""
     monkeypatch.setattr(paged_decode, "num_sms", lambda device: 132)
     monkeypatch.setattr(paged_decode, "capability", lambda device: (9, 0))
-    plans = {
-        batch: paged_decode._plan(batch, 8, 8192, 256, torch.device("cuda")) for batch in (1, 8, 16, 32, 48, 64, 256)
-    }
+    plans = {batch: paged_decode.split_plan(batch, 8, 8192, 256, torch.device("cuda")) for batch in (1, 8, 16, 32, 48)}
     assert {batch: plan[4] for batch, plan in plans.items()} == {
-        1: True, 8: True, 16: False, 32: True, 48: False, 64: True, 256: False,
+        1: True, 8: True, 16: False, 32: True, 48: False,
     }  # fmt: skip
-    assert [plans[batch][1] for batch in (1, 8, 16, 32, 48, 64)] == [64, 32, 128, 128, 128, 64]
+    assert [plans[batch][1] for batch in (1, 8, 16, 32, 48)] == [64, 32, 128, 128, 128]
 
 
 def test_paged_decode_of_an_empty_row_is_zero():
@@ -213,6 +221,59 @@ def test_rope_append_decode(dtype, case):
         for b, length in enumerate(lengths):
             page, offset = int(cache.table[b, (length - 1) // page_size]), (length - 1) % page_size
             close(pages[page, :, offset], cache.kv[b][:, -1], dtype)
+
+
+BALANCED_CASES = [
+    # lengths, query heads, KV heads, head_dim, page size, programs a multiprocessor (there are 4, and 4 shares a head)
+    ((1,), 1, 1, 64, 1, 1),  # more shares than blocks
+    ((70, 5, 1, 16, 33), 8, 2, 32, 3, 2),  # shares that begin and end inside a row, or hold several whole ones
+    ((150, 1), 6, 2, 40, 64, 12),  # a row cut many times
+    ((32, 32, 32, 32), 3, 1, 64, 16, 1),  # borders that fall on rows' ends: nothing to merge
+    ((1, 2, 200, 3, 90), 9, 3, 64, 16, 3),
+]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", BALANCED_CASES)
+def test_balanced_decode(dtype, case):
+    lengths, heads, kv_heads, head_dim, page_size, per_sm = case
+    cache = Paged(lengths, kv_heads, head_dim, page_size, dtype)
+    plan, rows = (per_sm, 16, 1, 2), range(len(lengths))
+    q = randn(len(lengths), heads, head_dim, dtype=dtype)
+    want = torch.stack([cache.attend(b, q[b]) for b in rows])
+    for early in (False, True):
+        given = (q, None, cache.pages, cache.table, cache.lens, None, None, early, plan)
+        close(balanced_decode.balanced_decode_triton(*given), want, dtype)
+
+    qkv = randn(len(lengths), (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+    tables_ = tables(max(lengths), head_dim)
+    new = qkv.unflatten(-1, (-1, head_dim))
+    want = []
+    for b, length in enumerate(lengths):
+        cache.kv[b][0, -1] = rotate(new[b, heads : heads + kv_heads], length - 1).to(dtype)
+        cache.kv[b][1, -1] = new[b, heads + kv_heads :]
+        want.append(cache.attend(b, rotate(new[b, :heads], length - 1).to(dtype)))
+    q, k, v = new.split((heads, kv_heads, kv_heads), 1)
+    given = (q, (k, v), cache.pages, cache.table, cache.lens, tables_, None, True, plan)
+    close(balanced_decode.balanced_decode_triton(*given), torch.stack(want), dtype)
+    for b, length in enumerate(lengths):
+        page, offset = int(cache.table[b, (length - 1) // page_size]), (length - 1) % page_size
+        close(cache.pages[page, :, offset], cache.kv[b][:, -1], dtype)
+
+
+def test_balanced_decode_of_an_empty_row_is_zero():
+    cache = Paged((0, 20, 0), 2, 32, 4, torch.float32)
+    q = randn(3, 4, 32)
+    given = (q, None, cache.pages, cache.table, cache.lens, None, None, False, (1, 16, 1, 2))
+    out = balanced_decode.balanced_decode_triton(*given)
+    assert (out[[0, 2]] == 0).all() and torch.isfinite(out).all()
+    close(out[1], cache.attend(1, q[1]), torch.float32)
+
+
+def test_a_batch_that_fills_the_device_is_balanced(monkeypatch):
+    monkeypatch.setattr(paged_decode, "capability", lambda device: (9, 0))
+    taken = {batch: paged_decode.balances(batch, 8, torch.device("cuda")) for batch in (1, 63, 64, 256, 2000)}
+    assert taken == {1: False, 63: False, 64: True, 256: True, 2000: False}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
