@@ -6,7 +6,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.lines import Line2D
 
@@ -40,6 +40,7 @@ STYLES = dict(
         ),
     )
 )
+SAME_INTENSITY = 1.1
 LEGEND_WIDTH = {True: 82, False: 44}  # characters of a line: in the empty corner of three panels, or beside the panels
 
 
@@ -118,9 +119,9 @@ def _cached_sizes(rows: Sequence[report.Row], x: str) -> str:
     return ", ".join(map(plots.size_label, sizes))
 
 
-def _handle(name: str) -> Line2D:
+def _handle(name: str, **kw: Any) -> Line2D:
     colour, marker, style = STYLES[name]
-    return Line2D([], [], color=colour, marker=marker, linestyle=style, label=name)
+    return Line2D([], [], **{"color": colour, "marker": marker, "linestyle": style, "label": name} | kw)
 
 
 def _words(text: str) -> Line2D:
@@ -159,19 +160,26 @@ def draw_roofline(folder: Path) -> Path | None:
     same = ("device_name", "dtype")
     sets = [part for part in sets if all(part[1].get(field) == newest.get(field) for field in same)]
     fig, ax = plots.new_figure("Attention under the roof of this machine")
+    fig.set_figwidth(1.4 * plots.WIDTH)  # the points of a dozen backends lie at half a dozen intensities
     points = [(row, path.name in PREFILL_CSVS) for path, _, rows in sets for row in rows]
     used = [name for name in BACKENDS if any(row["backend"] == name for row, _ in points)]
+    grouped = groups([(row["flop_per_byte"], row["backend"]) for row, _ in points])
     for name in used:
         colour, marker, _ = STYLES[name]
         for is_prefill in (True, False):
             part = [row for row, prefill in points if row["backend"] == name and prefill == is_prefill]
-            xs, ys = [row["flop_per_byte"] for row in part], [row["tflops"] for row in part]
+            xs = [_group_of(row, grouped).place(name) for row in part]
+            ys = [row["tflops"] for row in part]
             face = colour if is_prefill else "white"
             ax.plot(xs, ys, marker, color=colour, markerfacecolor=face, alpha=0.8, linestyle="none", markersize=6)
-    intensities = [row["flop_per_byte"] for row, _ in points]
-    handles = [Line2D([], [], color=STYLES[n][0], marker=STYLES[n][1], linestyle="none", label=n) for n in used]
-    handles += _draw_roof(ax, Ceilings(**newest["ceilings"]), newest["dtype"], intensities)
+    prefilled = {row["backend"] for row, prefill in points if prefill}
+    handles = [_handle(name, linestyle="none") for name in used]
+    for handle in handles:
+        if handle.get_label() not in prefilled:  # two of one library share a marker, one prefills, one decodes
+            handle.set_markerfacecolor("white")
+    handles += _draw_roof(ax, Ceilings(**newest["ceilings"]), newest["dtype"], grouped)
     handles.append(_words("filled: prefill; hollow: decode"))
+    handles.append(_words("backends of one intensity stand side by side, under the roof at their middle"))
     if any(row["in_cache"] for row, prefill in points if not prefill):
         handles.append(_words("decode points above the roof read from the cache"))
     _place(fig, handles, False)
@@ -179,16 +187,69 @@ def draw_roofline(folder: Path) -> Path | None:
     return plots.save(fig, folder / ROOFLINE, plots.footer(*(path for path, _, _ in sets)))
 
 
-def _draw_roof(ax: Any, known: Ceilings, dtype: str, intensities: Sequence[float]) -> list[Line2D]:
-    """min(peak, intensity x bandwidth) over the points' range, and its legend entry."""
+class Group(NamedTuple):
+    """The backends measured at one arithmetic intensity."""
+
+    flop_per_byte: float
+    octaves: float  # the room to draw them in, the intensity in its middle
+    backends: list[str]
+
+    def place(self, backend: str) -> float:
+        """Where on the intensity axis this backend's points stand."""
+        return self._at((self.backends.index(backend) + 0.5) / len(self.backends))
+
+    def span(self) -> tuple[float, float]:
+        """First and last place of the room."""
+        return self._at(0), self._at(1)
+
+    def _at(self, share: float) -> float:
+        return self.flop_per_byte * 2 ** (self.octaves * (share - 0.5))
+
+
+def groups(points: Sequence[tuple[float, str]]) -> list[Group]:
+    """Of (intensity, backend), ascending. A decode's intensity hardly depends on its size and a batch's not at all, so
+    all backends would lie on one spot: those within 10 % share two octaves, or 0.7 of the way to the next group.
+    """
+    middles: list[float] = []
+    for value in sorted({intensity for intensity, _ in points}):
+        if not middles or value > SAME_INTENSITY * middles[-1]:
+            middles.append(value)
+    found = []
+    for i, middle in enumerate(middles):
+        there = {name for intensity, name in points if middle <= intensity <= SAME_INTENSITY * middle}
+        gaps = [abs(math.log2(other / middle)) for other in middles[max(0, i - 1) : i + 2] if other != middle]
+        octaves = min([2.0, *(0.7 * gap for gap in gaps)])
+        found.append(Group(middle, octaves, [name for name in BACKENDS if name in there]))
+    return found
+
+
+def _group_of(row: report.Row, grouped: Sequence[Group]) -> Group:
+    return next(group for group in reversed(grouped) if group.flop_per_byte <= row["flop_per_byte"])
+
+
+def roof(known: Ceilings, dtype: str, grouped: Sequence[Group]) -> tuple[list[float], list[float]]:
+    """min(peak, intensity x bandwidth), TFLOP/s, over the groups and the ridge. Level over each group, since all of its
+    points have the intensity of its middle.
+    """
     peak, bandwidth = known.peak_tflops(dtype), known.memory_gb_per_s("read")
     ridge = peak * 1e3 / bandwidth
-    low, high = min(*intensities, ridge) / 1.5, max(*intensities, ridge) * 1.5
-    xs = [low, ridge, high]
-    (line,) = ax.plot(xs, [min(peak, x * bandwidth / 1e3) for x in xs], color=plots.CEILING_COLOUR, linestyle="--")
-    first, last = math.floor(math.log2(low)), math.ceil(math.log2(high))
-    plots.log2_axis(ax, [2.0**e for e in range(first, last + 1)])
+    low = min(grouped[0].span()[0], ridge / 1.5)
+    octaves = math.log2(max(grouped[-1].span()[1], ridge * 1.5) / low)
+    xs = sorted([ridge, *(low * 2 ** (octaves * i / 1000) for i in range(1001))])
+    ys = []
+    for x in xs:
+        over = [group.flop_per_byte for group in grouped if group.span()[0] <= x <= group.span()[1]]
+        ys.append(min(peak, (over or [x])[0] * bandwidth / 1e3))
+    return xs, ys
+
+
+def _draw_roof(ax: Any, known: Ceilings, dtype: str, grouped: Sequence[Group]) -> list[Line2D]:
+    """The roof, the axes around it, and its legend entry."""
+    xs, ys = roof(known, dtype, grouped)
+    (line,) = ax.plot(xs, ys, color=plots.CEILING_COLOUR, linestyle="--")
+    plots.log2_axis(ax, [2.0**e for e in range(math.floor(math.log2(xs[0])), math.ceil(math.log2(xs[-1])) + 1)])
     plots.log_axis(ax)
+    peak, bandwidth = known.peak_tflops(dtype), known.memory_gb_per_s("read")
     text = f"roof: {plots.number(bandwidth)} GB/s, {plots.number(peak)} TFLOP/s, "
-    text += f"ridge at {plots.number(ridge, 3)} FLOP per byte"
+    text += f"ridge at {plots.number(peak * 1e3 / bandwidth, 3)} FLOP per byte"
     return [Line2D([], [], color=line.get_color(), linestyle="--", label=text)]
