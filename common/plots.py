@@ -143,14 +143,15 @@ def number(value: float, digits: int = 4) -> str:
 
 
 class FittingLabels(Formatter):
-    """Labels of `text(value)`, at as many ticks as have room: one that would come too near the last is left out.
+    """Labels of `text(value)`, at as many ticks as have room: one that would come too near another is left out, of
+    lower `rank` last, of equal rank by their order.
 
     Decided when the figure is drawn, since the width of a panel is known only then. All labels ask for the room of the
     widest, so that of regular ticks every second or third keeps its label, not now this and now that.
     """
 
-    def __init__(self, text: Callable[[float], str]) -> None:
-        self._text = text
+    def __init__(self, text: Callable[[float], str], rank: Callable[[float], int] = lambda value: 0) -> None:
+        self._text, self._rank = text, rank
 
     def __call__(self, value: float, pos: int | None = None) -> str:
         return self._text(value)
@@ -162,12 +163,12 @@ class FittingLabels(Formatter):
         if len(shown) < 2:
             return labels
         room, places = self._room([labels[i] for i in shown]), self._places(values)
-        last = -math.inf
-        for i in sorted(shown, key=places.__getitem__):
-            if places[i] - last < room:
+        kept: list[float] = []
+        for i in sorted(shown, key=lambda i: (self._rank(values[i]), places[i])):
+            if any(abs(places[i] - other) < room for other in kept):
                 labels[i] = ""
             else:
-                last = places[i]
+                kept.append(places[i])
         return labels
 
     def _room(self, labels: Sequence[str]) -> float:
@@ -219,7 +220,13 @@ def log_axis(ax: Axes, axis: str = "y") -> None:
         steps = [float(step) for step in range(1, 10)]
     which.set_major_locator(LogLocator(base=10, subs=steps, numticks=30))
     which.set_minor_locator(NullLocator())
-    which.set_major_formatter(FittingLabels(lambda value: f"{value:,.6g}"))
+    which.set_major_formatter(FittingLabels(lambda value: f"{value:,.6g}", _roundness))
+
+
+def _roundness(value: float) -> int:
+    """Which labels of a decimal log axis to keep: 0 for 1, 10, 100; 1 for twice and five times these; 2 for others."""
+    digit = f"{value:.0e}"[0]
+    return 0 if digit == "1" else 1 if digit in "25" else 2
 
 
 def shared_y_axis(axes: Sequence[Axes], values: Sequence[float]) -> None:

@@ -326,9 +326,10 @@ def draw_trade(ax, chunked, whole):
 
     rows = [r for r in chunked if r["itl_p99_s"] is not None]
     points = [(1e3 * r["itl_p99_s"], r["ttft_p50_s"]) for r in rows]
-    ax.plot(*zip(*points), "o-", color=COLOURS[0], label="chunked: the number is the budget")
+    ax.plot(*zip(*points), "o-", color=COLOURS[0], label="chunked, by budget")
+    over_the_line = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
     for point, budgets in apart(points, [str(r["token_budget"]) for r in rows]):
-        ax.annotate(budgets, point, xytext=(4, 8), textcoords="offset points", fontsize=11)
+        ax.annotate(budgets, point, xytext=(4, 8), textcoords="offset points", fontsize=11, bbox=over_the_line)
     if whole and whole["itl_p99_s"] is not None:
         ax.plot(1e3 * whole["itl_p99_s"], whole["ttft_p50_s"], "X", ms=10, color=COLOURS[1], label="whole prompts")
     ax.set(xlabel="gap between tokens (ITL), p99, ms (log)", ylabel="first token (TTFT), p50, s (log)")

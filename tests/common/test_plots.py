@@ -147,6 +147,22 @@ def test_labels_of_any_sizes_stay_apart(values, axis):
     assert shown and apart([box for _, _, box in shown], axis), [text for _, text, _ in shown]
 
 
+@settings(max_examples=15, deadline=None)
+@given(st.floats(-6, 6), st.floats(0.35, 1.0))
+def test_a_crowded_log_axis_keeps_the_round_label(start, decades):
+    """0.6 0.7 0.8 0.9 _ 2 is no axis: what is left out is not the power of ten."""
+    low, high = 10.0**start, 10.0 ** (start + decades)
+    fig, axes = plots.new_figure("t", panels=4)
+    axes[0].plot([1, 2], [low, high])
+    plots.log_axis(axes[0])
+    fig.canvas.draw()
+    shown = shown_labels(axes[0], "y")
+    assert shown and apart([box for _, _, box in shown], "y"), [text for _, text, _ in shown]
+    powers = [at for at in axes[0].yaxis.get_majorticklocs() if f"{at:.0e}"[0] == "1"]
+    bottom, top = axes[0].get_ylim()
+    assert {at for at in powers if bottom <= at <= top} <= {at for at, _, _ in shown}
+
+
 @pytest.mark.parametrize("values, is_log", [([10, 11, 12, 230], False), ([10, 11, 12, 250], True), ([0, 0, 5], False)])
 def test_panels_share_a_log_axis_only_where_the_largest_is_far_above_the_median(values, is_log):
     _, axes = plots.new_figure("t", panels=2)
