@@ -10,12 +10,13 @@ from common.errors import UserError
 
 CONFIGS = ("llama2-7b", "llama3-8b", "llama3-70b")  # measured unless --config or --heads says otherwise
 PREFILL_ONLY = ("flashinfer-fa2", "flashinfer-fa3")
-DECODE_ONLY = ("torch-gather", "flashinfer-cuda-core", "flashinfer-tensor-core")
+DECODE_ONLY = ("torch-gather", "flashinfer-cuda-core", "flashinfer-tensor-core", "triton-balanced")
 # In the order of legends; common/attention_bench/backends has one backend under each name.
 BACKENDS = (
     *("torch-flash", "torch-cudnn", "torch-efficient", "torch-math", "torch-varlen", "torch-gather"),
     *("flash-attn-2", "flash-attn-3", "flash-attn-4", "vllm-flash-attn-2", "vllm-flash-attn-3"),
-    *("flashinfer-fa2", "flashinfer-fa3", "flashinfer-cuda-core", "flashinfer-tensor-core", "triton"),
+    *("flashinfer-fa2", "flashinfer-fa3", "flashinfer-cuda-core", "flashinfer-tensor-core"),
+    *("triton", "triton-balanced"),
 )
 FAMILIES = ("torch", "flash-attn", "vllm", "flashinfer", "triton")
 

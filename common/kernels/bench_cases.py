@@ -235,7 +235,7 @@ def _pages(batch: int, length: int, copies: int, device, dtype):
 
 
 def decode_cases(device, dtype) -> Iterator[Case]:
-    """What a step would choose, and beside it a program a sequence and KV head where it would choose shares."""
+    """What a step would choose, and both that it chooses from: a program a sequence and KV head, and equal shares."""
     cases = [(f"batch {batch} context {length}", [length] * batch) for batch, length in DECODES]
     for batch in RAGGED_DECODES:
         draw = random.Random(batch)
@@ -249,13 +249,13 @@ def decode_cases(device, dtype) -> Iterator[Case]:
         lens = torch.tensor(lengths, dtype=torch.int32, device=device)
         qs = torch.randn(n, batch, HEADS, HEAD_DIM, device=device, dtype=dtype)
 
-        def ours(q, table, plan=None, pages=pages, lens=lens):
-            return paged_decode.paged_decode_triton(q, pages, table, lens, early=True, plan=plan)
+        def ours(q, table, balanced, pages=pages, lens=lens):
+            return paged_decode.paged_decode_triton(q, pages, table, lens, early=True, balanced=balanced)
 
-        engines = {"ours": _each(ours, qs, tables)}
-        if paged_decode.balances(batch, KV_HEADS, device):
-            plan = (1, 64, 4, 3, True) if batch * KV_HEADS < 1024 else (1, 32, 1, 4, False)  # the best of many
-            engines["ours, not balanced"] = _each(lambda q, t, plan=plan, run=ours: run(q, t, plan), qs, tables)
+        engines = {
+            name: _each(lambda q, t, balanced=balanced, run=ours: run(q, t, balanced), qs, tables)
+            for name, balanced in (("ours", None), ("ours, a program a head", False), ("ours, balanced", True))
+        }
         if _installed("flashinfer") and len(set(lengths)) == 1:
             engines["flashinfer"] = _flashinfer_decode(_installed("flashinfer"), pages, tables, qs, most)
         want = _each(lambda q, t, p=pages, s=lens: paged_decode.reference(q, p, t, s), qs, tables)

@@ -189,12 +189,12 @@ def _merge_kernel(
     tl.store(out_ptr + b * stride_ob + head * HEAD_DIM + d, y.to(out_ptr.dtype.element_ty), mask=d < HEAD_DIM)
 
 
-def balances(batch, num_kv_heads, device):
+def _balances(batch, num_kv_heads, device):
     """Whether the batch fills the device without being split: then what counts is that all programs end together."""
     return capability(device) >= (9, 0) and batch <= MAX_ROWS and batch * num_kv_heads >= BALANCED_FROM
 
 
-def split_plan(batch, num_kv_heads, max_len, row_bytes, device):
+def _plan(batch, num_kv_heads, max_len, row_bytes, device):
     """(splits, BLOCK_KV, num_warps, stages, peel), measured on an H200 (docs/performance.md) for rows of 256 bytes.
 
     Parts beyond a short context cost nothing (their programs end at once), so a small batch always gets as many as a
@@ -215,20 +215,26 @@ def split_plan(batch, num_kv_heads, max_len, row_bytes, device):
         elif 128 <= programs < 512:
             splits, block_kv, num_warps, stages = round(3 * num_sms(device) / programs), 128, 4, 3
             splits = splits if programs < 256 else 1
+        elif 512 <= programs < 1024:
+            splits, block_kv, num_warps, stages = 1, 64, 4, 3
+        elif programs >= 1024:
+            splits, block_kv, num_warps = 1, 32, 1
     block_kv = max(16, min(block_kv, block_kv * 256 // next_power_of_2(row_bytes)))
     splits = max(1, min(splits, 64))
-    peel = block_kv < 128 or programs * splits <= 2 * num_sms(device)
+    peel = programs < 1024 and (block_kv < 128 or programs * splits <= 2 * num_sms(device))
     return splits, block_kv, num_warps, stages, peel
 
 
-def _launch(q, new, pages, page_table, kv_lens, tables, scale, early, plan):
+def _launch(q, new, pages, page_table, kv_lens, tables, scale, early, plan, balanced):
     batch, num_heads, head_dim = q.shape
     _, _, page_size, num_kv_heads, _ = pages.shape
-    if plan is None and balances(batch, num_kv_heads, q.device):
+    if balanced is None:
+        balanced = plan is None and _balances(batch, num_kv_heads, q.device)
+    if balanced:
         return balanced_decode_triton(q, new, pages, page_table, kv_lens, tables, scale, early)
     k_new, v_new = new if new else (q, q)
     cos, sin = tables if tables else (q, q)
-    splits, block_kv, num_warps, stages, peel = plan or split_plan(
+    splits, block_kv, num_warps, stages, peel = plan or _plan(
         batch, num_kv_heads, page_table.shape[1] * page_size, head_dim * q.element_size(), q.device
     )
     out = torch.empty(batch, num_heads, head_dim, dtype=q.dtype, device=q.device)
@@ -255,19 +261,20 @@ def _launch(q, new, pages, page_table, kv_lens, tables, scale, early, plan):
     return out
 
 
-def paged_decode_triton(q, pages, page_table, kv_lens, scale=None, *, early=False, plan=None):
-    """The Triton version of `paged_decode`; `plan` overrides (splits, BLOCK_KV, num_warps, stages, peel)."""
-    return _launch(q, None, pages, page_table, kv_lens, None, scale, early, plan)
+def paged_decode_triton(q, pages, page_table, kv_lens, scale=None, *, early=False, plan=None, balanced=None):
+    """The Triton version of `paged_decode`. plan: overrides (splits, BLOCK_KV, num_warps, stages, peel); balanced: the
+    choice between a program a sequence and KV head (False) and shares of equal size (True)."""
+    return _launch(q, None, pages, page_table, kv_lens, None, scale, early, plan, balanced)
 
 
 def rope_append_decode_triton(
-    qkv, pages, page_table, kv_lens, cos, sin, num_heads, scale=None, *, early=False, plan=None
+    qkv, pages, page_table, kv_lens, cos, sin, num_heads, scale=None, *, early=False, plan=None, balanced=None
 ):
     """The Triton version of `rope_append_decode`."""
     num_kv_heads, head_dim = pages.shape[3:]
     heads = qkv.unflatten(-1, (-1, head_dim))
     q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
-    return _launch(q, (k, v), pages, page_table, kv_lens, (cos, sin), scale, early, plan)
+    return _launch(q, (k, v), pages, page_table, kv_lens, (cos, sin), scale, early, plan, balanced)
 
 
 def paged_decode(q, pages, page_table, kv_lens, scale=None, *, early=False):

@@ -202,7 +202,7 @@ def test_paged_decode(dtype, group, head_dim, page_size):
 
 @pytest.mark.parametrize("batch", [1, 70, 300, 520])
 def test_paged_decode_of_small_and_large_batches(batch):
-    """Each is split and tiled in its own way (paged_decode.split_plan)."""
+    """Each is split and tiled in its own way (paged_decode._plan)."""
     lengths = random_lengths(random.Random(batch), batch, 9000 if batch == 1 else 700)
     check_decode(lengths, 2, 4, 128, 16, BF16, [None])
 

@@ -145,11 +145,13 @@ def test_a_first_block_is_held_in_registers_only_where_enough_programs_still_fit
     """132 multiprocessors; blocks of 128 tokens in registers leave room for two programs on each."""
     monkeypatch.setattr(paged_decode, "num_sms", lambda device: 132)
     monkeypatch.setattr(paged_decode, "capability", lambda device: (9, 0))
-    plans = {batch: paged_decode.split_plan(batch, 8, 8192, 256, torch.device("cuda")) for batch in (1, 8, 16, 32, 48)}
+    plans = {
+        batch: paged_decode._plan(batch, 8, 8192, 256, torch.device("cuda")) for batch in (1, 8, 16, 32, 48, 64, 256)
+    }
     assert {batch: plan[4] for batch, plan in plans.items()} == {
-        1: True, 8: True, 16: False, 32: True, 48: False,
+        1: True, 8: True, 16: False, 32: True, 48: False, 64: True, 256: False,
     }  # fmt: skip
-    assert [plans[batch][1] for batch in (1, 8, 16, 32, 48)] == [64, 32, 128, 128, 128]
+    assert [plans[batch][1] for batch in (1, 8, 16, 32, 48, 64)] == [64, 32, 128, 128, 128, 64]
 
 
 def test_paged_decode_of_an_empty_row_is_zero():
@@ -264,15 +266,14 @@ def test_balanced_decode(dtype, case):
 def test_balanced_decode_of_an_empty_row_is_zero():
     cache = Paged((0, 20, 0), 2, 32, 4, torch.float32)
     q = randn(3, 4, 32)
-    given = (q, None, cache.pages, cache.table, cache.lens, None, None, False, (1, 16, 1, 2))
-    out = balanced_decode.balanced_decode_triton(*given)
+    out = paged_decode.paged_decode_triton(q, cache.pages, cache.table, cache.lens, balanced=True)
     assert (out[[0, 2]] == 0).all() and torch.isfinite(out).all()
     close(out[1], cache.attend(1, q[1]), torch.float32)
 
 
 def test_a_batch_that_fills_the_device_is_balanced(monkeypatch):
     monkeypatch.setattr(paged_decode, "capability", lambda device: (9, 0))
-    taken = {batch: paged_decode.balances(batch, 8, torch.device("cuda")) for batch in (1, 63, 64, 256, 2000)}
+    taken = {batch: paged_decode._balances(batch, 8, torch.device("cuda")) for batch in (1, 63, 64, 256, 2000)}
     assert taken == {1: False, 63: False, 64: True, 256: True, 2000: False}
 
 
