@@ -28,7 +28,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 from common import rendezvous
 from common.errors import CheckFailed, UserError
@@ -37,7 +37,6 @@ from common.machine import cpu_cores
 COLLECTIVE_S = 300.0  # the process group's time-out; loading a checkpoint lies between two collectives
 FAIL_S = 15.0  # for a rank that failed to say so and be gone
 DESTROY_S = 10.0  # for the process group to end; symmetric memory in a captured graph can hold it up for ever
-T = TypeVar("T")
 
 
 class PeerFailed(CheckFailed):
@@ -149,10 +148,6 @@ class World:
 
     def barrier(self) -> None:
         self.exchange(None)
-
-    def share(self, items: Sequence[T]) -> list[T]:
-        """This rank's part of a list that all ranks hold: every `size`-th item (data parallelism)."""
-        return list(items[self.rank :: self.size])
 
     def require_same(self, what: str, facts: Mapping[str, Any]) -> None:
         """UserError, on every rank alike, naming the first of `facts` that is not the same on all ranks."""

@@ -11,7 +11,8 @@ the roofline allows for the steps of each policy, the distribution of latencies,
     python assignment4/Section1/continous_main.py
     python assignment4/Section1/continous_main.py --simulate h200:llama3-8b --requests mix --req-batch-size 128
     python assignment4/Section1/continous_main.py --policies naive-dropped,continuous
-    torchrun --nproc-per-node 2 assignment4/Section1/continous_main.py        each process serves half of the requests
+    torchrun --nproc-per-node 2 assignment4/Section1/continous_main.py        each process serves a share of the
+    requests
 """
 
 import argparse

@@ -30,10 +30,20 @@ def check(args: Any, world: World) -> None:
 
 
 def share(requests: list[tuple[int, InputRequest]], world: World) -> list[tuple[int, InputRequest]]:
-    """This rank's part of the numbered requests. UserError where there are more ranks than requests."""
+    """This rank's part of the numbered requests. UserError where there are more ranks than requests.
+
+    Each in turn goes to the rank with the fewest tokens to generate so far: a request holds its slot for as many steps,
+    and all wait for the rank that is done last.
+    """
     if len(requests) < world.size:
         raise UserError(f"{len(requests)} requests cannot keep {world.size} ranks busy; start fewer")
-    return world.share(requests)
+    shares: list[list[tuple[int, InputRequest]]] = [[] for _ in range(world.size)]
+    tokens = [0] * world.size
+    for number, request in requests:
+        rank = tokens.index(min(tokens))
+        shares[rank].append((number, request))
+        tokens[rank] += request.output_len
+    return shares[world.rank]
 
 
 def gather(run: Run, world: World) -> Run:
