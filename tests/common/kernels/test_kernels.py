@@ -199,6 +199,20 @@ def test_rope_append(dtype, heads, kv_heads, head_dim, page_size, version):
     assert (pages.transpose(1, 2)[~touched] == 7.0).all()  # nothing else was written
 
 
+def append_and_attend(cache, qkv, heads):
+    """The oracle of a decode step: puts the newest k and v into `cache.kv`; the rotated queries' attention [B, Hq,
+    d].
+    """
+    kv_heads, head_dim = cache.kv[0].shape[2:]
+    want = []
+    for b, new in enumerate(qkv.unflatten(-1, (-1, head_dim))):
+        newest = cache.kv[b].shape[1] - 1
+        cache.kv[b][0, -1] = rotate(new[heads : heads + kv_heads], newest).to(qkv.dtype)
+        cache.kv[b][1, -1] = new[heads + kv_heads :]
+        want.append(cache.attend(b, rotate(new[:heads], newest).to(qkv.dtype)))
+    return torch.stack(want)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("case", DECODE_CASES[1:5])
 def test_rope_append_decode(dtype, case):
@@ -206,12 +220,7 @@ def test_rope_append_decode(dtype, case):
     cache = Paged(lengths, kv_heads, head_dim, page_size, dtype)
     qkv = randn(len(lengths), (heads + 2 * kv_heads) * head_dim, dtype=dtype)
     cos, sin = tables(max(lengths), head_dim)
-    new = qkv.unflatten(-1, (-1, head_dim))
-    want = []
-    for b, length in enumerate(lengths):
-        cache.kv[b][0, -1] = rotate(new[b, heads : heads + kv_heads], length - 1).to(dtype)
-        cache.kv[b][1, -1] = new[b, heads + kv_heads :]
-        want.append(cache.attend(b, rotate(new[b, :heads], length - 1).to(dtype)))
+    want = append_and_attend(cache, qkv, heads)
     for version, kwargs in (
         (paged_decode.rope_append_decode_triton, {"plan": plan}),
         (paged_decode.rope_append_decode_triton, {"plan": plan, "early": True}),
@@ -219,7 +228,7 @@ def test_rope_append_decode(dtype, case):
     ):
         pages = cache.pages.clone()
         out = version(qkv.clone(), pages, cache.table, cache.lens, cos, sin, heads, **kwargs)
-        close(out, torch.stack(want), dtype)
+        close(out, want, dtype)
         for b, length in enumerate(lengths):
             page, offset = int(cache.table[b, (length - 1) // page_size]), (length - 1) % page_size
             close(pages[page, :, offset], cache.kv[b][:, -1], dtype)
@@ -249,15 +258,10 @@ def test_balanced_decode(dtype, case):
 
     qkv = randn(len(lengths), (heads + 2 * kv_heads) * head_dim, dtype=dtype)
     tables_ = tables(max(lengths), head_dim)
-    new = qkv.unflatten(-1, (-1, head_dim))
-    want = []
-    for b, length in enumerate(lengths):
-        cache.kv[b][0, -1] = rotate(new[b, heads : heads + kv_heads], length - 1).to(dtype)
-        cache.kv[b][1, -1] = new[b, heads + kv_heads :]
-        want.append(cache.attend(b, rotate(new[b, :heads], length - 1).to(dtype)))
-    q, k, v = new.split((heads, kv_heads, kv_heads), 1)
+    want = append_and_attend(cache, qkv, heads)
+    q, k, v = qkv.unflatten(-1, (-1, head_dim)).split((heads, kv_heads, kv_heads), 1)
     given = (q, (k, v), cache.pages, cache.table, cache.lens, tables_, None, True, plan)
-    close(balanced_decode.balanced_decode_triton(*given), torch.stack(want), dtype)
+    close(balanced_decode.balanced_decode_triton(*given), want, dtype)
     for b, length in enumerate(lengths):
         page, offset = int(cache.table[b, (length - 1) // page_size]), (length - 1) % page_size
         close(cache.pages[page, :, offset], cache.kv[b][:, -1], dtype)
