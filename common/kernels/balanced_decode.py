@@ -154,9 +154,9 @@ def _merge_shares_kernel(
     size = tl.cdiv(tl.sum(blocks), shares)
     first = tl.sum(tl.where(row < b, blocks, 0))
     first_share, last_share = first // size, (first + _num_blocks(tl.load(lens_ptr + b), BLOCK_KV) - 1) // size
+    if EARLY and PDL:
+        gdc_wait()  # also where nothing is merged: the next kernel waits for this one alone, and `out` must be there
     if first_share < last_share:
-        if EARLY and PDL:
-            gdc_wait()
         g = tl.arange(0, BLOCK_G)
         d = tl.arange(0, BLOCK_D)
         mask = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
