@@ -23,23 +23,25 @@ ROOFLINE = "attention_roofline.png"
 PREFILL_CSVS = ("attention_performance_seq.csv", "attention_performance_batch.csv")
 DECODE_CSVS = ("decode_performance_seq.csv", "decode_performance_batch.csv", "decode_performance_pagesize.csv")
 BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, BLACK = plots.COLOURS
-STYLES = dict(
-    zip(
-        BACKENDS,
-        (
-            *(
-                (BLUE, "o", "-"),
-                (SKY, "s", "-"),
-                (BLUE, "^", "--"),
-                (SKY, "D", "--"),
-                (BLUE, "v", ":"),
-                (SKY, "p", ":"),
-            ),
-            *((ORANGE, "o", "-"), (YELLOW, "s", "-"), (ORANGE, "^", "--"), (ORANGE, "P", ":"), (YELLOW, "X", ":")),
-            *((GREEN, "o", "-"), (PINK, "s", "-"), (GREEN, "o", "-"), (PINK, "s", "-"), (BLACK, "d", "-")),
-        ),
-    )
-)
+STYLES = {  # a colour a family, a marker a backend
+    "torch-flash": (BLUE, "o", "-"),
+    "torch-cudnn": (SKY, "s", "-"),
+    "torch-efficient": (BLUE, "^", "--"),
+    "torch-math": (SKY, "D", "--"),
+    "torch-varlen": (BLUE, "v", ":"),
+    "torch-gather": (SKY, "p", ":"),
+    "flash-attn-2": (ORANGE, "o", "-"),
+    "flash-attn-3": (YELLOW, "s", "-"),
+    "flash-attn-4": (ORANGE, "^", "--"),
+    "vllm-flash-attn-2": (ORANGE, "P", ":"),
+    "vllm-flash-attn-3": (YELLOW, "X", ":"),
+    "flashinfer-fa2": (GREEN, "o", "-"),
+    "flashinfer-fa3": (PINK, "s", "-"),
+    "flashinfer-cuda-core": (GREEN, "^", "-"),
+    "flashinfer-tensor-core": (PINK, "v", "-"),
+    "triton": (BLACK, "d", "-"),
+    "triton-balanced": (BLACK, "h", "--"),
+}
 SAME_INTENSITY = 1.1
 LEGEND_WIDTH = {True: 82, False: 44}  # characters of a line: in the empty corner of three panels, or beside the panels
 

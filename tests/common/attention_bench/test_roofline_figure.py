@@ -10,6 +10,10 @@ from common.roofline import Ceilings
 NAMES = list(BACKENDS)
 
 
+def test_every_backend_has_a_style_of_its_own():
+    assert tuple(plots.STYLES) == BACKENDS and len(set(plots.STYLES.values())) == len(BACKENDS)
+
+
 def test_no_backend_hides_another_and_none_reaches_the_next_intensity():
     rng = random.Random(0)
     for _ in range(50):
