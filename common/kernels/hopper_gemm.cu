@@ -12,66 +12,16 @@
 // Blocks are persistent: while one tile is stored, the next one is on its way.
 //
 // Built by common/kernels/hopper_gemm.py; `tests/gpu/test_hopper_gemm.py` holds it against float64.
-// The instructions stand in hopper_ptx.cuh.
+// A tile's shape stands in hopper_tile.cuh, what becomes of its sums in hopper_store.cuh, the instructions in
+// hopper_ptx.cuh.
 
 #include <cuda.h>
-#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
-#include <cstdint>
-
-#include "hopper_ptx.cuh"
+#include "hopper_store.cuh"
+#include "hopper_tile.cuh"
 
 namespace {
-
-constexpr int BLOCK_K = 64;           // 64 bfloat16 are the 128 bytes that one row of a swizzled tile holds
-constexpr int ROW_BYTES = 2 * BLOCK_K;
-constexpr int SHARED_BYTES = 232448;  // what a block may have on compute capability 9.0
-constexpr int BARRIER_BYTES = 256;    // room for 2 x 16 barriers
-constexpr int ALIGNMENT = 1024;       // the swizzle's pattern repeats every 8 rows of 128 bytes
-
-// ---------------------------------------------------------------- the kernel
-
-// WM warpgroups one below the other, each with MI blocks of 64 rows of x; WN side by side, each with NW rows of W.
-template <int WM_, int WN_, int MI_, int NW_, bool SILU_> struct Tile {
-    static constexpr int WM = WM_, WN = WN_, MI = MI_, NW = NW_;
-    static constexpr bool SILU = SILU_;
-    static constexpr int ROWS = 64 * WM * MI, COLUMNS = NW * WN;
-    static constexpr int X_BYTES = ROWS * ROW_BYTES, W_BYTES = COLUMNS * ROW_BYTES;
-    static constexpr int CONSUMERS = WM * WN, THREADS = 128 * CONSUMERS + 32;
-    static constexpr int ROOM = (SHARED_BYTES - ALIGNMENT - BARRIER_BYTES) / (X_BYTES + W_BYTES);
-    static constexpr int STAGES = ROOM < 8 ? ROOM : 8;
-    // Sums of a tile as float32, in the memory of the ring once it is empty; 8 floats more keep banks apart.
-    static constexpr int SUM_STRIDE = COLUMNS + 8;
-    static_assert(STAGES >= 3 && ROWS * SUM_STRIDE * 4 <= STAGES * (X_BYTES + W_BYTES));
-    static_assert(!SILU || NW % 16 == 0);
-};
-
-struct Arguments {
-    const __nv_bfloat16 *residual;  // [T, N] or null
-    __nv_bfloat16 *out;             // [T, N]
-    int rows, outputs, features;    // T, N, K
-    int residual_stride, out_stride;
-    int sharers, parts;  // blocks of a cluster that share x; parts that K is divided into: sharers x parts blocks
-    int x_box_rows;      // rows of x that each sharer loads, a multiple of 8
-};
-
-// Which part of the work a block has. A cluster's blocks: sharer 0, 1, ... of part 0, then of part 1, ...
-struct Place {
-    int sharer, part, first_group, groups, num_clusters, first_k, last_k;
-    __device__ Place(const Arguments &a, int outputs_per_tile) {
-        const int size = a.sharers * a.parts, rank = rank_in_cluster();
-        sharer = rank % a.sharers;
-        part = rank / a.sharers;
-        first_group = blockIdx.x / size;
-        num_clusters = gridDim.x / size;
-        const int tiles = (a.outputs + outputs_per_tile - 1) / outputs_per_tile;
-        groups = (tiles + a.sharers - 1) / a.sharers;
-        const int blocks = (a.features + BLOCK_K - 1) / BLOCK_K;
-        first_k = blocks * part / a.parts;
-        last_k = blocks * (part + 1) / a.parts;
-    }
-};
 
 struct Ring {
     int stages, stage = 0, parity = 0;
@@ -113,8 +63,9 @@ __device__ void produce(const CUtensorMap *x_map, const CUtensorMap *w_map, cons
         const int tile = group * a.sharers + place.sharer;
         int k = place.first_k;
         if (!waited) {
-            // Weights depend on no earlier kernel: the first of them are asked for before the wait for it.
-            const int ahead = min(S::STAGES, place.last_k - place.first_k);
+            // Weights depend on no earlier kernel: the first of them are asked for before the wait for it. Not as many as
+            // have room: x would then come after all of them, and nothing be on its way when the products begin.
+            const int ahead = min((S::STAGES + 1) / 2, place.last_k - place.first_k);
             for (int i = 0; i < ahead; ++i) {
                 arrive_expecting(full + 8 * i, bytes);
                 load_w<S>(w_map, buffer(i) + S::X_BYTES, full + 8 * i, (k + i) * BLOCK_K, tile, a.outputs);
@@ -163,79 +114,6 @@ __device__ void multiply(float (&sums)[S::MI][S::NW / 2], const Arguments &a, co
     if (previous >= 0) give_back(previous);
 }
 
-__device__ float silu(float gate) { return gate / (1.f + __expf(-gate)); }
-
-__device__ void store_pair(const Arguments &a, int row, int column, float first, float second) {
-    if (row >= a.rows || column >= a.outputs) return;
-    if (a.residual) {
-        const __nv_bfloat162 add =
-            *reinterpret_cast<const __nv_bfloat162 *>(a.residual + int64_t(row) * a.residual_stride + column);
-        first += __low2float(add);
-        second += __high2float(add);
-    }
-    *reinterpret_cast<__nv_bfloat162 *>(a.out + int64_t(row) * a.out_stride + column) =
-        __floats2bfloat162_rn(first, second);
-}
-
-// A thread's sums of one block of 64 rows: row = 16 warp + lane / 4 (+ 8), columns 8 j + 2 (lane % 4) and the next.
-template <class S> __device__ void store_tile(const float (&sums)[S::MI][S::NW / 2], const Arguments &a, int tile) {
-    const int group = threadIdx.x / 128, below = group % S::WM, beside = group / S::WM;
-    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    constexpr int NW = S::SILU ? S::NW / 2 : S::NW;  // outputs of a warpgroup
-    const int first_column = (tile * S::WN + beside) * NW + 2 * (lane % 4);
-#pragma unroll
-    for (int m = 0; m < S::MI; ++m) {
-        const int row = (below * S::MI + m) * 64 + 16 * warp + lane / 4;
-#pragma unroll
-        for (int j = 0; j < NW / 8; ++j)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float first = sums[m][4 * j + 2 * half], second = sums[m][4 * j + 2 * half + 1];
-                if constexpr (S::SILU) {
-                    first = silu(first) * sums[m][4 * j + 2 * half + S::NW / 4];
-                    second = silu(second) * sums[m][4 * j + 2 * half + 1 + S::NW / 4];
-                }
-                store_pair(a, row + 8 * half, first_column + 8 * j, first, second);
-            }
-    }
-}
-
-// A thread's sums, as store_tile has them, into this block's shared memory: [ROWS, SUM_STRIDE].
-template <class S> __device__ void keep_sums(const float (&sums)[S::MI][S::NW / 2], float *kept) {
-    const int group = threadIdx.x / 128, below = group % S::WM, beside = group / S::WM;
-    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-#pragma unroll
-    for (int m = 0; m < S::MI; ++m)
-#pragma unroll
-        for (int j = 0; j < S::NW / 8; ++j)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = (below * S::MI + m) * 64 + 16 * warp + lane / 4 + 8 * half;
-                const int column = beside * S::NW + 8 * j + 2 * (lane % 4);
-                *reinterpret_cast<float2 *>(kept + row * S::SUM_STRIDE + column) =
-                    make_float2(sums[m][4 * j + 2 * half], sums[m][4 * j + 2 * half + 1]);
-            }
-}
-
-// Adds the parts of K, in the order of the parts: each block takes its share of the rows and reads it from all of them.
-template <class S> __device__ void add_parts(const Arguments &a, const Place &place, const float *kept, int tile) {
-    const int thread = threadIdx.x, share = (a.rows + a.parts - 1) / a.parts;
-    const int first = place.part * share, last = min(a.rows, first + share);
-    const uint32_t base = shared_address(kept);
-    constexpr int QUADS = S::COLUMNS / 4;
-    for (int i = thread; i < (last - first) * QUADS; i += 128 * S::CONSUMERS) {
-        const int row = first + i / QUADS, column = i % QUADS * 4;
-        float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
-        for (int part = 0; part < a.parts; ++part) {
-            const float4 more =
-                read_remote(base + (row * S::SUM_STRIDE + column) * 4, part * a.sharers + place.sharer);
-            total.x += more.x, total.y += more.y, total.z += more.z, total.w += more.w;
-        }
-        store_pair(a, row, tile * S::COLUMNS + column, total.x, total.y);
-        store_pair(a, row, tile * S::COLUMNS + column + 2, total.z, total.w);
-    }
-}
-
 template <class S>
 __global__ void __launch_bounds__(S::THREADS, 1)
     hopper_gemm(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
@@ -267,7 +145,7 @@ __global__ void __launch_bounds__(S::THREADS, 1)
         for (int group = place.first_group; group < place.groups; group += place.num_clusters) {
             const int tile = group * a.sharers + place.sharer;
             multiply<S>(sums, a, place, ring, buffers, full, empty);
-            if (a.parts == 1) {
+            if (S::SILU || a.parts == 1) {
                 store_tile<S>(sums, a, tile);
             } else {
                 // One tile a cluster (the host sees to it), so nothing more comes into the ring's memory.
@@ -275,6 +153,7 @@ __global__ void __launch_bounds__(S::THREADS, 1)
                 keep_sums<S>(sums, reinterpret_cast<float *>(aligned));
                 sync_cluster();
                 add_parts<S>(a, place, reinterpret_cast<float *>(aligned), tile);
+                break;  // or the compiler would keep `sums` for a next tile
             }
         }
     }
@@ -329,7 +208,8 @@ int launch(const void *x, int64_t x_stride, const void *w, int64_t w_stride, con
     if (a.parts * BLOCK_K > a.features + BLOCK_K - 1) return cudaErrorInvalidValue;
     const int size = a.sharers * a.parts, tiles = (a.outputs + OUTPUTS - 1) / OUTPUTS;
     const int groups = (tiles + a.sharers - 1) / a.sharers;
-    if (size > 8 || (S::SILU && a.parts > 1) || a.rows > S::ROWS) return cudaErrorInvalidValue;
+    if (size > 8 || a.parts > MOST_PARTS || (S::SILU && a.parts > 1) || a.rows > S::ROWS)
+        return cudaErrorInvalidValue;
 
     CUtensorMap x_map, w_map;
     if (!encode(&x_map, x, a.rows, a.features, x_stride, a.x_box_rows) ||
@@ -381,14 +261,10 @@ extern "C" int tlab_hopper_gemm(const void *x, int64_t x_stride, const void *w, 
     if (rows <= MOST_ROWS && columns == NW * WN && bool(silu) == SILU) \
         return launch<Tile<WM, WN, MI, NW, SILU>>(x, x_stride, w, w_stride, a, s);
     TRY(64, 1, 2, 1, 112, true)
-    TRY(64, 1, 2, 1, 128, false)
-    TRY(64, 1, 2, 1, 96, false)
     TRY(64, 1, 2, 1, 64, false)
     TRY(64, 1, 2, 1, 48, false)
     TRY(64, 1, 2, 1, 32, false)
     TRY(128, 2, 1, 1, 224, true)
-    TRY(128, 2, 1, 1, 256, false)
-    TRY(128, 2, 1, 1, 192, false)
     TRY(128, 2, 1, 1, 128, false)
     TRY(128, 2, 1, 1, 112, false)
     TRY(128, 2, 1, 1, 96, false)
@@ -405,7 +281,7 @@ extern "C" int tlab_hopper_gemm(const void *x, int64_t x_stride, const void *w, 
 
 // How many clusters of `size` blocks run at once on the current device; 0 where it cannot be told.
 extern "C" int tlab_hopper_clusters(int size) {
-    using S = Tile<1, 2, 1, 128, false>;
+    using S = Tile<1, 2, 1, 64, false>;
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {unsigned(size), 1, 1};

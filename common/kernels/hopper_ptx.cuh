@@ -132,8 +132,6 @@ template <int PENDING> __device__ void wgmma_wait() {
 #define R11 ", %88, %89, %90, %91, %92, %93, %94, %95"
 #define R12 ", %96, %97, %98, %99, %100, %101, %102, %103"
 #define R13 ", %104, %105, %106, %107, %108, %109, %110, %111"
-#define R14 ", %112, %113, %114, %115, %116, %117, %118, %119"
-#define R15 ", %120, %121, %122, %123, %124, %125, %126, %127"
 #define D8(o) \
     "+f"(d[o]), "+f"(d[o + 1]), "+f"(d[o + 2]), "+f"(d[o + 3]), "+f"(d[o + 4]), "+f"(d[o + 5]), "+f"(d[o + 6]), \
         "+f"(d[o + 7])
@@ -143,18 +141,14 @@ template <int PENDING> __device__ void wgmma_wait() {
 #define D48 D32, D8(32), D8(40)
 #define D56 D48, D8(48)
 #define D64 D56, D8(56)
-#define D96 D64, D8(64), D8(72), D8(80), D8(88)
-#define D112 D96, D8(96), D8(104)
-#define D128 D112, D8(112), D8(120)
+#define D112 D64, D8(64), D8(72), D8(80), D8(88), D8(96), D8(104)
 #define T16 R0 R1
 #define T32 T16 R2 R3
 #define T24 T16 R2
 #define T48 T32 R4 R5
 #define T56 T48 R6
 #define T64 T56 R7
-#define T96 T64 R8 R9 R10 R11
-#define T112 T96 R12 R13
-#define T128 T112 R14 R15
+#define T112 T64 R8 R9 R10 R11 R12 R13
 
 // d[64, N] (+)= a[64, 16] b[N, 16]^T over a warpgroup; `more` is 0 where the sum begins.
 template <int N> struct Wgmma;
@@ -175,6 +169,4 @@ DEFINE_WGMMA(64, T32, D32, 32, 33, 34);
 DEFINE_WGMMA(96, T48, D48, 48, 49, 50);
 DEFINE_WGMMA(112, T56, D56, 56, 57, 58);
 DEFINE_WGMMA(128, T64, D64, 64, 65, 66);
-DEFINE_WGMMA(192, T96, D96, 96, 97, 98);
 DEFINE_WGMMA(224, T112, D112, 112, 113, 114);
-DEFINE_WGMMA(256, T128, D128, 128, 129, 130);

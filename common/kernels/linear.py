@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 # oneDNN chooses the block layout for this many rows; measured, 32 serves 1 row and 512 rows alike.
 PACK_ROWS = 32
 # Up to how many rows small_gemm beats cuBLAS with its neighbours unfused, and at how many rows hopper_gemm beats both:
-# measured in decode steps on an H200 (docs/performance.md). Where its tiles of 64, 128, ... rows of x are not nearly
-# full, cuBLAS, whose tiles have any multiple of 8, is ahead.
+# measured in decode steps on an H200 (docs/performance.md). Above 128 rows its tiles of 192 and 256 rows of x must be
+# nearly full: cuBLAS has tiles of any multiple of 8.
 MOST_ROWS = {"norm_linear": 32, "linear_add": 64, "norm_gate_up_silu": 64, "linear_float32": 64}
 HOPPER_ROWS = {
-    "norm_gate_up_silu": {*range(97, 129), *range(185, 193), *range(249, 257)},
-    "linear_add": {*range(97, 129), *range(185, 193)},
+    "linear_add": {*range(33, 129)},
+    "norm_gate_up_silu": {*range(33, 129), *range(185, 193), *range(249, 257)},
 }
 GEMMS = {"small_gemm": small_gemm, "hopper_gemm": hopper_gemm}
 
@@ -123,8 +123,7 @@ def choose(x: torch.Tensor, linear: Linear, operation: str) -> str:
     rows = len(x)
     if rows == 1 and linear.in_features <= MAX_IN_FEATURES:
         return "matvec"
-    is_wide = operation != "linear_add" or linear.in_features >= 2 * linear.out_features  # o_proj: cuBLAS is faster
-    if is_wide and rows in HOPPER_ROWS.get(operation, ()) and runs_hopper_gemm(x, linear.weight):
+    if rows in HOPPER_ROWS.get(operation, ()) and runs_hopper_gemm(x, linear.weight):
         return "hopper_gemm"
     return "small_gemm" if 1 < rows <= MOST_ROWS[operation] and small_gemm_pays(x) else "library"
 
