@@ -39,6 +39,7 @@ def in_process(monkeypatch, capsys):
         return exit_.value.code, out, err
 
     # As `run` does with OMP_NUM_THREADS: the number of threads is provenance, and --resume compares it.
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield call
-    torch.set_num_threads(2)
+    torch.set_num_threads(before)

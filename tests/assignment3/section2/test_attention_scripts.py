@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import runpy
 import shutil
 import subprocess
@@ -35,13 +34,14 @@ def run(script, *arguments, cwd=None):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The folder that both scripts wrote into, and what they printed."""
+    """The folder that both scripts wrote into, and what they printed; the other runs here use their cache too."""
     out = tmp_path_factory.mktemp("out")
-    os.environ["TLAB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    prefill = run(PREFILL, *TINY, "--out", out, cwd=out)
-    decode = run(DECODE, *TINY, "--out", out, cwd=out)
-    assert (prefill.returncode, decode.returncode) == (0, 0), prefill.stderr + decode.stderr
-    return out, prefill.stdout, decode.stdout
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TLAB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        prefill = run(PREFILL, *TINY, "--out", out, cwd=out)
+        decode = run(DECODE, *TINY, "--out", out, cwd=out)
+        assert (prefill.returncode, decode.returncode) == (0, 0), prefill.stderr + decode.stderr
+        yield out, prefill.stdout, decode.stdout
 
 
 def table(path):
