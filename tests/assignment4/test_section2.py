@@ -218,7 +218,7 @@ def test_different_weights_are_found_before_loading(tmp_path, free_port):
 def test_interrupt_keeps_the_rows(tmp_path):
     """Ctrl-C while the second batch size is measured: the first row stays, exit code 130, nobody is left."""
     command = [sys.executable, str(SECTION / "transformer-tp2.py"), *QUICK, "--skip-reference", "--out", str(tmp_path)]
-    command += ["--repeats", "400", "--no-plot"]
+    command += ["--repeats", "120", "--no-plot"]
     process = subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
