@@ -21,7 +21,7 @@ from common.grading.lab import Case, Lab
 
 FILLS = {"nan": 0xFF, "large": 0x4B}  # bytes: 0xFFFFFFFF is a NaN, 0x4B4B4B4B is 13,323,083.0
 CASE_LIMIT_S, HEAVY_LIMIT_S = 6, 20
-GPU_LIMIT_S, GPU_HEAVY_LIMIT_S = 20, 60  # the largest cases move gigabytes through the host
+GPU_LIMIT_S, GPU_HEAVY_LIMIT_S = 30, 60  # the largest cases move gigabytes through the host
 MEMORY_LIMIT_MB, GPU_MEMORY_LIMIT_MB = 3000, 12_000
 MOST_CRASHES = 4  # then the remaining cases count as failed without being run; an endless call counts twice
 

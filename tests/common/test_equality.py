@@ -6,6 +6,7 @@ Catches: a check that is satisfied by rows that are too short, a tie judged by t
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,6 +72,17 @@ def test_a_tie_is_accepted_and_counted(tiny, expected, monkeypatch):
     with_logits(monkeypatch, 4.0, 4.0002, -1.0)
     with pytest.raises(CheckFailed, match="row 2 differs at output token 3"):
         require_equal(tiny[0], PROMPTS, expected, got, "x")
+
+
+@pytest.mark.parametrize("dtype, tie", [(torch.bfloat16, True), (torch.float16, False), (torch.float32, False)])
+def test_a_tie_is_as_wide_as_the_dtype_rounds(expected, monkeypatch, dtype, tie):
+    got = [list(row) for row in expected]
+    got[1][5] += 1
+    with_logits(monkeypatch, -3.0, 10.0, 9.5)
+    (found,) = differences(SimpleNamespace(dtype=dtype), PROMPTS, expected, got)
+    assert found.is_tie is tie
+    with_logits(monkeypatch, -3.0, 10.0, 9.2)
+    assert not differences(SimpleNamespace(dtype=dtype), PROMPTS, expected, got)[0].is_tie
 
 
 def test_ties_are_judged_at_the_first_differing_step_after_the_expected_tokens(tiny, expected, monkeypatch):
