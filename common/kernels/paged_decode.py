@@ -15,7 +15,7 @@ import math
 import torch
 
 from common.kernels.balanced_decode import MAX_ROWS, balanced_decode_triton
-from common.kernels.decode_block import attend_block, rotated
+from common.kernels.decode_block import append_newest, attend_block, load_block, rotated, rotation
 from common.kernels.rope_append import reference as rope_append_reference
 from common.kernels.runtime import (
     capability,
@@ -96,12 +96,9 @@ def _paged_decode_kernel(
     mask_d = (d < HEAD_DIM)[None, :]
 
     if PEEL:  # the first block is asked for before the wait: on a short context it is all there is
-        token0 = begin + tl.arange(0, BLOCK_KV)
-        valid0 = token0 < end
-        page0 = tl.load(table_row + token0 // PAGE_SIZE, mask=valid0, other=0).to(tl.int64)
-        offset0 = (page0 * stride_page + (token0 % PAGE_SIZE) * stride_token)[:, None] + d[None, :]
-        k0 = tl.load(head_base + offset0, mask=valid0[:, None] & mask_d, other=0.0)
-        v0 = tl.load(head_base + stride_kv + offset0, mask=valid0[:, None] & mask_d, other=0.0)
+        k0, v0, valid0 = load_block(
+            head_base, table_row, begin, end, d, mask_d, stride_page, stride_kv, stride_token, BLOCK_KV, PAGE_SIZE
+        )
         begin += BLOCK_KV
 
     mask_q = (g < GROUP)[:, None] & mask_d
@@ -110,25 +107,17 @@ def _paged_decode_kernel(
     l = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     if ROPE:
-        HALF: tl.constexpr = HEAD_DIM // 2
-        angle = newest.to(tl.int64) * stride_cos + tl.where(d < HALF, d, d - HALF)
-        cos = tl.load(cos_ptr + angle, mask=d < HEAD_DIM, other=0.0)[None, :]
-        sin = tl.load(sin_ptr + angle, mask=d < HEAD_DIM, other=0.0)[None, :]
+        cos, sin = rotation(cos_ptr, sin_ptr, newest, stride_cos, d, HEAD_DIM)
         page_new = tl.load(table_row + newest // PAGE_SIZE).to(tl.int64)
         if EARLY and PDL:
             gdc_wait()
-        q = rotated(q_ptr, q_row, d[None, :], cos, sin, mask_q, HALF)
+        q = rotated(q_ptr, q_row, d[None, :], cos, sin, mask_q, HEAD_DIM // 2)
         if (split == active - 1) & (length > 0):
-            # The newest token starts the running softmax from registers: nothing waits for its way through memory.
-            one = (tl.arange(0, 1) * 0)[:, None] + (b * stride_nb + kv_head * stride_nh)
-            k_new = rotated(k_new_ptr, one, d[None, :], cos, sin, mask_d, HALF)
-            v_new = tl.load(v_new_ptr + one + d[None, :], mask=mask_d, other=0.0)
-            slot = head_base + page_new * stride_page + (newest % PAGE_SIZE) * stride_token + d[None, :]
-            tl.store(slot, k_new, mask=mask_d)
-            tl.store(slot + stride_kv, v_new, mask=mask_d)
-            m = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), axis=1) * scale_log2
-            l += 1.0
-            acc += v_new.to(tl.float32)
+            row = b * stride_nb + kv_head * stride_nh
+            slot = head_base + page_new * stride_page + (newest % PAGE_SIZE) * stride_token
+            m, l, acc = append_newest(
+                q, l, acc, k_new_ptr, v_new_ptr, row, slot, stride_kv, d, cos, sin, mask_d, scale_log2, HEAD_DIM
+            )
     else:
         if EARLY and PDL:
             gdc_wait()
@@ -137,13 +126,9 @@ def _paged_decode_kernel(
     if PEEL:
         m, l, acc = attend_block(q, k0, v0, valid0, m, l, acc, scale_log2)
     for start in tl.range(begin, end, BLOCK_KV, num_stages=STAGES):
-        token = start + tl.arange(0, BLOCK_KV)
-        valid = token < end
-        page = tl.load(table_row + token // PAGE_SIZE, mask=valid, other=0).to(tl.int64)
-        offset = (page * stride_page + (token % PAGE_SIZE) * stride_token)[:, None] + d[None, :]
-        k = tl.load(head_base + offset, mask=valid[:, None] & mask_d, other=0.0)
-        # Unused slots hold anything, NaN included, and 0 * NaN is NaN: the mask zeroes V while it is loaded.
-        v = tl.load(head_base + stride_kv + offset, mask=valid[:, None] & mask_d, other=0.0)
+        k, v, valid = load_block(
+            head_base, table_row, start, end, d, mask_d, stride_page, stride_kv, stride_token, BLOCK_KV, PAGE_SIZE
+        )
         m, l, acc = attend_block(q, k, v, valid, m, l, acc, scale_log2)
 
     head = kv_head * GROUP + g
