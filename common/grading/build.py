@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.grading.lab import Lab
-from common.grading.rewrite import find_lacking, rewrite
+from common.grading.rewrite import find_lacking, initialised_shared, rewrite
 from common.paths import cache_dir
 
 HERE = Path(__file__).resolve().parent
@@ -95,13 +95,32 @@ def _cached_object(source: Path, flags: list[str]) -> Path:
     return target
 
 
+# What g++ says of CUDA that rewrite.py has turned into C++, and what is meant.
+_CUDA_ERRORS = (
+    (
+        r"no matching function for call to .*block_shared<.*",
+        "the size of a __shared__ array must be known to the compiler (#define, constexpr, template argument); a size"
+        " known at the launch needs `extern __shared__ float name[];` and the launch's third argument, in bytes",
+    ),
+    (
+        r"invalid operands of types ['‘]void ?\(.*operator<<.*",
+        "a launch has three angle brackets: kernel<<<blocks, threads>>>(...)",
+    ),
+    (r"before ['‘]emu['’].*", "before a __syncthreads(), a launch or another word of CUDA"),
+)
+
+
 def _first_error(stderr: str, name: str) -> str:
     """The compiler's first error, at a line of the learner's file if one is named."""
     lines = stderr.splitlines()
     errors = [line for line in lines if re.search(r"\berror\b", line)]
     own = [line for line in errors if name and name in line]
     text = (own or errors or lines or ["the compiler failed without a message"])[0]
-    return text.replace(str(Path(text.split(":")[0]).parent) + "/", "") if ":" in text else text
+    text = text.replace(str(Path(text.split(":")[0]).parent) + "/", "") if ":" in text else text
+    for pattern, meaning in _CUDA_ERRORS:
+        if match := re.search(pattern, text):
+            return text[: match.start()] + meaning
+    return text
 
 
 _UNKNOWN = re.compile(
@@ -111,29 +130,56 @@ _UNKNOWN = re.compile(
 )
 TYPO_RATIO = 0.85  # cudaMalocc is cudaMalloc misspelt (0.9), cudaArray_t is no cudaError_t (0.73)
 _CUDA_NAME = re.compile(
-    r"^(cuda[A-Z_]|__[a-z]|cg$|cooperative_groups|atomic[A-Z]|make_|tex|surf|(u?(char|short|int|long|longlong)|float|double|half)\d)"
+    r"^(cuda[A-Z_]|__[a-z]|cg$|cooperative_groups|atomic[A-Z]|make_|tex|surf|(u?(char|short|int|long|longlong)|float|double|half)\d"
+    r"|(thread|coalesced|cluster|multi_grid)_group$|(inclusive|exclusive)_scan|invoke_one)"
+)
+_ROUNDED = re.compile(r"^__[a-z]\w*_r[nzdu]$")  # __frsqrt_rn is near __fsqrt_rn, and no typo
+_OF_CUDA = re.compile(r"cooperative_groups::|['‘](?:struct )?cudaDeviceProp|is not a member of ['‘]cg['’]")
+_VOID_KERNEL = re.compile(r"no matching function for call to ['‘](cuda\w+)(?:\((?:const )?void ?\*|['’])")
+# Names that CUDA had before 9.0, and old tutorials still have.
+_REMOVED = {"__shfl", "__shfl_up", "__shfl_down", "__shfl_xor", "__ballot", "__any", "__all"}
+_TOOLKIT_HEADER = re.compile(
+    r"^(cu|thrust/|nv|mma\.h|cooperative_groups|device_|driver_|host_|vector_|math_constants|sm_|texture_|crt/)"
 )
 
 
-def _lacking_name(stderr: str) -> str | None:
-    """The CUDA name that the emulation's headers do not know, if that is what the first error is about."""
+def _lacking_name(stderr: str, source: str) -> str | None:
+    """The CUDA name that the emulation's headers do not know, if that is what the first error in `source` is about."""
     first = next((line for line in stderr.splitlines() if re.search(r"\berror\b", line)), "")
+    if void := _VOID_KERNEL.search(first):
+        return f"{void[1]} with a kernel that is not called by its name"
     match = _UNKNOWN.search(first)
     if match is None:
         return None
     name = next(group for group in match.groups() if group)
+    if match["c"] or match["e"]:
+        return name if f"<{name}>" in source or _TOOLKIT_HEADER.match(name) else None
     suggested = re.search(r"did you mean ['‘](\w+)['’]", first)
-    if suggested and difflib.SequenceMatcher(None, name, suggested[1]).ratio() > TYPO_RATIO:
+    typo = suggested and difflib.SequenceMatcher(None, name, suggested[1]).ratio() > TYPO_RATIO
+    if name in _REMOVED or (typo and not _ROUNDED.match(name)):
         return None
-    return (
-        name if match["c"] or match["e"] or _CUDA_NAME.match(name.split("::")[-1]) or _CUDA_NAME.match(name) else None
-    )
+    known = _CUDA_NAME.match(name.split("::")[-1]) or _CUDA_NAME.match(name) or _OF_CUDA.search(first)
+    return name if known else None
 
 
-def _learner_error(done: subprocess.CompletedProcess, source: Path) -> Exception:
-    if name := _lacking_name(done.stderr):
+def _learner_error(stderr: str, source: Path, text: str) -> Exception:
+    if name := _lacking_name(stderr, text):
         return Blocked(f"{name} (not in the emulation: grade on a machine with a GPU, or do without it)")
-    return CompileFailed(_first_error(done.stderr, source.name))
+    error = _first_error(stderr, source.name)
+    if old := next((name for name in _REMOVED if re.search(rf"['‘]{name}['’]", error)), None):
+        error = f"{error.split(';')[0]}: it is gone from CUDA, write {old}_sync(0xffffffff, ...)"
+    return CompileFailed(error)
+
+
+def _second_opinion(error: Exception, lab: Lab, source: Path, work: Path) -> Exception:
+    """`error` of the emulation as nvcc sees the file, where it is installed: what is CUDA is its to say."""
+    try:
+        check_nvcc(source, lab.folder, work)
+    except CompileFailed as refused:
+        return error if isinstance(error, CompileFailed) else refused
+    if isinstance(error, CompileFailed):
+        return Blocked(f"what this needs, and nvcc takes it (grade on a machine with a GPU): {error}")
+    return error
 
 
 def check_nvcc(source: Path, include: Path, work: Path) -> None:
@@ -156,11 +202,28 @@ def check_nvcc(source: Path, include: Path, work: Path) -> None:
         raise CompileFailed("nvcc: " + _first_error(done.stderr, source.name))
 
 
-def build_emulated(lab: Lab, source: Path, work: Path) -> Built:
-    """Both variants of the emulated program. Raises Blocked or CompileFailed."""
+def build_emulated(lab: Lab, source: Path, work: Path, *, ask_nvcc: bool = False) -> Built:
+    """Both variants of the emulated program. Raises Blocked or CompileFailed; ask_nvcc: nvcc decides between them."""
     text = source.read_text(errors="replace")
+    failed: Exception | None = None
     if lacking := find_lacking(text):
-        raise Blocked(f"{lacking.construct} (line {lacking.line}; not in the emulation: grade on a machine with a GPU)")
+        failed = Blocked(
+            f"{lacking.construct} (line {lacking.line}; not in the emulation: grade on a machine with a GPU)"
+        )
+    elif line := initialised_shared(text):
+        failed = CompileFailed(
+            f"{source.name}:{line}: error: a __shared__ variable cannot be given a value where it is declared: let one"
+            " thread write it, then __syncthreads()"
+        )
+    else:
+        failed = _compile_emulated(lab, source, text, work)
+    if failed:
+        raise _second_opinion(failed, lab, source, work) if ask_nvcc else failed
+    return Built({variant: _link_emulated(lab, variant, source, work) for variant in VARIANTS})
+
+
+def _compile_emulated(lab: Lab, source: Path, text: str, work: Path) -> Exception | None:
+    """Object files of both variants; what is wrong with the learner's file, or None."""
     translated = work / (source.stem + ".emulated.cpp")
     translated.write_text(rewrite(text, source.name))
     include = ["-I", str(source.parent), "-I", str(lab.folder), "-include", "cuda_runtime.h"]
@@ -177,10 +240,8 @@ def build_emulated(lab: Lab, source: Path, work: Path) -> Built:
             job.kill()
             raise CompileFailed(f"the compiler did not end within {COMPILE_LIMIT_S} s") from None
         if job.returncode and failed is None:
-            failed = _learner_error(subprocess.CompletedProcess([], job.returncode, "", stderr), source)
-    if failed:
-        raise failed
-    return Built({variant: _link_emulated(lab, variant, source, work) for variant in VARIANTS})
+            failed = _learner_error(stderr, source, text)
+    return failed
 
 
 def _link_emulated(lab: Lab, variant: str, source: Path, work: Path) -> Path:
@@ -200,8 +261,10 @@ def _link_error(lab: Lab, stderr: str, source: Path) -> Exception:
     if re.search(rf"undefined (reference|symbols?).*{lab.function}|{lab.function}.*undefined", stderr, re.S):
         return CompileFailed(f"{source.name}: no function with the signature `{lab.signature}`")
     if "multiple definition" in stderr or "duplicate symbol" in stderr:
+        name = re.search(r"(?:multiple definition of|duplicate symbol) ['`‘]?([\w:]+)", stderr)
         return CompileFailed(
-            f"{source.name}: defines something the harness defines too (a main()?): {stderr.splitlines()[0][-160:]}"
+            f"{source.name}: defines {f'`{name[1]}`' if name else 'something'}, and so does the program round it:"
+            " rename it, or make it static; a main() belongs into main.cu"
         )
     return CompileFailed(_first_error(stderr, source.name))
 

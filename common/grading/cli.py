@@ -19,7 +19,9 @@ def parser(lab_name: str) -> argparse.ArgumentParser:
         "--case", action="append", default=[], metavar="NAME", help="only cases whose name contains NAME; repeatable"
     )
     p.add_argument("--list", action="store_true", help="list the cases and stop")
-    p.add_argument("--quick", action="store_true", help="a few cases only, without nvcc")
+    p.add_argument(
+        "--quick", action="store_true", help="a few cases only; nvcc is asked only where g++ refuses the file"
+    )
     p.add_argument("--hint", action="store_true", help="also say what to look at")
     p.add_argument("--watch", action="store_true", help="grade again whenever the file changes; Ctrl-C ends it")
     p.add_argument("--no-gpu", action="store_true", help="use the CPU emulation even where there is a GPU")

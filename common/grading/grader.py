@@ -71,7 +71,8 @@ def _grade_cuda(lab: Lab, source: Path, options: Options, work: Path) -> Report:
             if on_gpu:
                 built = build.build_gpu(lab, source, work)
             else:
-                built = build.build_emulated(lab, source, work)
+                ask_nvcc = options.nvcc and build.nvcc() is not None
+                built = build.build_emulated(lab, source, work, ask_nvcc=ask_nvcc)
             check = pool.submit(build.check_nvcc, source, lab.folder, work) if _wants_nvcc(options, on_gpu) else None
             evaluations = _run_all(lab, cases, built, work, pool)
             if on_gpu and not options.quick:

@@ -69,6 +69,12 @@ def find_lacking(source: str) -> Lacking | None:
     return Lacking(construct.strip(), source.count("\n", 0, start) + 1)
 
 
+def initialised_shared(source: str) -> int | None:
+    """The line of the first `__shared__ float x = ...`, which is no CUDA; None if there is none."""
+    match = re.search(r"\b__shared__\b[^;={}()<>]*=(?!=)", blank_comments(source))
+    return match and source.count("\n", 0, match.start()) + 1
+
+
 def _closing(code: str, start: int) -> int:
     """Index of the bracket that closes the one at `start`, or -1."""
     pairs = {"(": ")", "[": "]", "{": "}"}

@@ -29,7 +29,7 @@ def show(report: Report, *, hint: bool = False, console: Console | None = None) 
     console.print(Panel(title, expand=False, border_style=colour))
     if report.lesson:
         console.print(Text(report.lesson.text, style="bold" if report.outcome is not Outcome.NOT_STARTED else ""))
-    if report.outcome is not Outcome.NOT_STARTED:
+    if report.outcome not in (Outcome.NOT_STARTED, Outcome.BLOCKED):
         _show_failures(report, console)
     if report.points:
         console.print(_points_table(report))

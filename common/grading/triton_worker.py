@@ -44,15 +44,61 @@ def check_accesses() -> None:
         good = np.zeros(at.shape, dtype=bool)
         for low, high in ranges:
             good |= (at >= low) & (at < high)
-        outside = mask.data.astype(bool) & ~good
+        wanted = np.asarray(mask.data, dtype=bool)  # a block pointer's mask is a bare array
+        outside = wanted & ~good
         if outside.any():
             say(f"finding out-of-bounds the kernel {verb} {int(outside.sum())} elements outside its tensors")
-            mask.data = mask.data.astype(bool) & good
-        return mask
+        return interpreter.TensorHandle(wanted & good, interpreter.tl.int1)
 
     builder.create_masked_load = lambda self, p, mask, *rest: load(self, p, inside(p, mask, "reads"), *rest)
     builder.create_masked_store = lambda self, p, v, mask, *rest: store(self, p, v, inside(p, mask, "writes"), *rest)
     interpreter.GridExecutor._init_args_hst = init_args
+
+
+class Lacking(Exception):
+    """The interpreter has no such thing: not the learner's mistake."""
+
+
+def stand_in_for_a_gpu() -> None:
+    """Under the interpreter: @triton.autotune takes its first configuration, libdevice's functions name themselves."""
+    from triton.language.extra import libdevice
+    from triton.runtime.autotuner import Autotuner
+
+    def lack(name):
+        def function(*args, **kwargs):
+            raise Lacking(f"libdevice.{name}")
+
+        return function
+
+    Autotuner._bench = lambda self, *args, config, **meta: [0.0, 0.0, 0.0]
+    for name in [n for n in vars(libdevice) if callable(getattr(libdevice, n)) and not n.startswith("_")]:
+        setattr(libdevice, name, lack(name))
+
+
+def count_launches() -> list[str]:
+    """A list that gets an entry whenever a kernel is taken for a launch: kernel[grid](...)."""
+    from triton.runtime.jit import KernelInterface
+
+    launches: list[str] = []
+    take = KernelInterface.__getitem__
+
+    def taken(self, grid):
+        launches.append("launch")
+        return take(self, grid)
+
+    KernelInterface.__getitem__ = taken
+    return launches
+
+
+def lacking(error: BaseException | None) -> str | None:
+    """What an exception of the learner's call says that this machine does not have, if it says so."""
+    while error is not None:
+        if isinstance(error, Lacking):
+            return f"{error} (not in Triton's interpreter: grade on a machine with a GPU, or do without it)"
+        if "active drivers" in str(error):
+            return "a GPU, which a part of Triton that this uses asks for"
+        error = error.__cause__
+    return None
 
 
 def fill_new_tensors(torch, words: dict) -> None:
@@ -114,10 +160,11 @@ def learner_line(error: BaseException, source: Path) -> str:
     return f"{where}{type(error).__name__}: {str(error)[:300]}"
 
 
-def run_case(torch, function, source: Path, values, case: dict, device: str, words: dict):
+def run_case(torch, function, source: Path, values, case: dict, device: str, words: dict, launches: list[str]):
     """The result as float32 words for the grader, or None; findings are said."""
     x = lay_out(torch, values, case, device)
     before = x.clone()
+    launches.clear()
     try:
         y = function(x)
         if device == "cuda":
@@ -126,9 +173,12 @@ def run_case(torch, function, source: Path, values, case: dict, device: str, wor
         say("finding not-implemented raises NotImplementedError")
         return None
     except Exception as error:  # whatever the learner's code raises is an outcome
-        say(f"finding exception {learner_line(error, source)}")
+        lacks = lacking(error)
+        say(f"finding blocked {lacks}" if lacks else f"finding exception {learner_line(error, source)}")
         return None
     say("work 1")
+    if not launches:
+        say("finding no-kernel silu_triton launches none")
     if not isinstance(y, torch.Tensor):
         say(f"finding wrong-result silu_triton returned {type(y).__name__}, not a tensor")
         return None
@@ -169,6 +219,8 @@ def main(source: Path, jobs: Path, inputs: Path, outputs: Path) -> int:
     try:
         if device == "cpu":
             check_accesses()
+            stand_in_for_a_gpu()
+        launches = count_launches()
         function = load_function(source, "silu_triton")
     except Exception as error:  # a syntax error, a missing import
         say(f"finding import-error {learner_line(error, source)}")
@@ -178,7 +230,7 @@ def main(source: Path, jobs: Path, inputs: Path, outputs: Path) -> int:
         say(f"begin {number}")
         signal.alarm(int(limit))
         values = np.fromfile(inputs / f"{number}.in", dtype=np.float32)
-        result = run_case(torch, function, source, values, cases[int(number)], device, words)
+        result = run_case(torch, function, source, values, cases[int(number)], device, words, launches)
         if result is not None:
             result.ravel().tofile(outputs / f"{number}.out")
         signal.alarm(0)

@@ -23,6 +23,10 @@ class thread_block {
     unsigned num_threads() const { return blockDim.x * blockDim.y * blockDim.z; }
     unsigned size() const { return num_threads(); }
     unsigned thread_rank() const { return emu::self().rank; }
+    dim3 group_index() const { return blockIdx; }
+    dim3 thread_index() const { return threadIdx; }
+    dim3 group_dim() const { return blockDim; }
+    dim3 dim_threads() const { return blockDim; }
 };
 
 template <unsigned Size, class Parent = thread_block> class thread_block_tile {
@@ -35,6 +39,8 @@ template <unsigned Size, class Parent = thread_block> class thread_block_tile {
     static constexpr unsigned num_threads() { return Size; }
     static constexpr unsigned size() { return Size; }
     unsigned thread_rank() const { return emu::self().rank % Size; }
+    unsigned meta_group_rank() const { return emu::self().rank / Size; }
+    unsigned meta_group_size() const { return (blockDim.x * blockDim.y * blockDim.z + Size - 1) / Size; }
 #define EMU_TILE_SHFL(name, rule)                                                        \
     template <class T> T name(T v, int argument, int line = __builtin_LINE()) const {    \
         return emu::shuffle(mask(), v, emu::rule(argument, Size), line);                 \

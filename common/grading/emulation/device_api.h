@@ -62,8 +62,8 @@ EMU_ONE_STEP static unsigned lane_xor(int bits, int width) {
 }
 
 // One memory a declaration (and instance of its template), keyed by the address of a variable that belongs to it alone.
-template <class T> EMU_ONE_STEP T &block_shared(const void *site) {
-    return *static_cast<T *>(shared_memory(site, sizeof(T), alignof(T)));
+template <class T> EMU_ONE_STEP T &block_shared(const volatile void *site) {  // `volatile __shared__`
+    return *static_cast<T *>(shared_memory(const_cast<const void *>(site), sizeof(T), alignof(T)));
 }
 template <class T> EMU_ONE_STEP T *dynamic_shared() { return static_cast<T *>(dynamic_shared_memory()); }
 template <class T> struct DynamicShared {  // `extern __shared__ T name[];` at file scope
@@ -123,6 +123,8 @@ EMU_ONE_STEP inline unsigned __activemask() { emu::fatal("blocked", "__activemas
     }
 EMU_ATOMIC(atomicAdd, old + value)
 EMU_ATOMIC(atomicSub, old - value)
+EMU_ATOMIC(atomicInc, old >= value ? 0 : old + 1)
+EMU_ATOMIC(atomicDec, old == 0 || old > value ? value : old - 1)
 EMU_ATOMIC(atomicExch, ((void)old, value))
 EMU_ATOMIC(atomicMin, value < old ? value : old)
 EMU_ATOMIC(atomicMax, old < value ? value : old)
@@ -146,7 +148,14 @@ EMU_STORE(__stcs) EMU_STORE(__stcg) EMU_STORE(__stwb) EMU_STORE(__stwt)
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline double rsqrt(double x) { return 1.0 / sqrt(x); }
 inline float __expf(float x) { return expf(x); }
+inline float __logf(float x) { return logf(x); }
+inline float __powf(float x, float y) { return powf(x, y); }
+inline float __saturatef(float x) { return fminf(fmaxf(x, 0.0f), 1.0f); }
 inline float __fdividef(float x, float y) { return x / y; }
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __fsub_rn(float x, float y) { return x - y; }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __frsqrt_rn(float x) { return 1.0f / sqrtf(x); }
 inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }

@@ -3,9 +3,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
+#include <stdlib.h>
 #include <cstring>
-#include <cmath>
+#include <math.h>  // and not <cmath>: abs, exp, isnan of a float without std::, as in CUDA
 #include <cfloat>
 #include <climits>
 

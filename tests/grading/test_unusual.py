@@ -1,0 +1,217 @@
+"""Correct code that is seldom written is never called wrong; what learners often get wrong at the compiler is named."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.grading import build
+from common.grading.check import evaluate
+from common.grading.grader import Options, grade
+from common.grading.lab import LABS, get, inputs_of
+from common.grading.outcome import Outcome
+from common.grading.run import FIRST, CaseRun
+
+needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
+OFFLINE = {"use_gpu": False, "nvcc": False}
+
+# One line for every kind of construct: a kernel's body between the sum of a thread's squares and the row's.
+ROW = """#include "rms_norm_matrix.h"
+#include <cuda_runtime.h>
+{before}
+__global__ void k(const float *in, const float *w, float *out, int cols, float eps) {{
+    const float *x = in + (size_t)blockIdx.x * cols;
+    float sum = 0;
+    for (int c = threadIdx.x; c < cols; c += blockDim.x) sum += x[c] * x[c];
+    {combine}
+    for (int c = threadIdx.x; c < cols; c += blockDim.x) out[(size_t)blockIdx.x * cols + c] = x[c] * scale * w[c];
+}}
+void rms_norm_matrix(float *input, float *weight, float *output, int rows, int cols, float epsilon) {{
+    {launch}
+}}
+"""
+LAUNCH = "k<<<rows, 64>>>(input, weight, output, cols, epsilon);"
+ATOMIC = (
+    "__shared__ float all; if (threadIdx.x == 0) all = 0; __syncthreads(); atomicAdd(&all, sum); __syncthreads();"
+    " float scale = rsqrtf(all / cols + eps);"
+)
+COOPERATIVE = (
+    "#include <cooperative_groups.h>\n#include <cooperative_groups/reduce.h>\nnamespace cg = cooperative_groups;"
+)
+TILES = """
+    __shared__ float parts[32];
+    cg::thread_block block = cg::this_thread_block();
+    cg::thread_block_tile<32> warp = cg::tiled_partition<32>(block);
+    sum = cg::reduce(warp, sum, cg::plus<float>());
+    if (warp.thread_rank() == 0) parts[warp.meta_group_rank()] = sum;
+    cg::sync(block);
+    sum = warp.thread_rank() < warp.meta_group_size() ? parts[warp.thread_rank()] : 0.0f;
+    float scale = rsqrtf(cg::reduce(warp, sum, cg::plus<float>()) / cols + eps);
+    if (block.group_index().x != blockIdx.x || block.dim_threads().x != blockDim.x) scale = 0;
+"""
+MACRO = "#define GO(kernel, blocks, threads, ...) kernel<<<blocks, threads>>>(__VA_ARGS__)"
+VOID_POINTER = (
+    "void *kernel = (void *)k; void *args[] = {&input, &weight, &output, &cols, &epsilon};"
+    " cudaLaunchKernel(kernel, dim3(rows), dim3(64), args, 0, 0);"
+)
+
+
+def matrix(combine: str = ATOMIC, launch: str = LAUNCH, before: str = "") -> str:
+    return ROW.format(before=before, combine=combine, launch=launch)
+
+
+def graded(tmp_path: Path, text: str, lab_name: str = "rms_norm/matrix", **more):
+    source = tmp_path / get(lab_name).source
+    source.write_text(text)
+    return grade(get(lab_name), source, Options(quick=True, **(OFFLINE | more)))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(matrix(), id="atomic"),
+        pytest.param(matrix(ATOMIC.replace("rsqrtf(", "__frsqrt_rn(")), id="rounded intrinsic"),
+        pytest.param(matrix(TILES, before=COOPERATIVE), id="groups"),
+        pytest.param(matrix("volatile " + ATOMIC.replace("(&all", "((float *)&all")), id="volatile shared"),
+        pytest.param(matrix(ATOMIC + " scale = abs(-scale); if (isnan(scale)) scale = 0;"), id="abs of a float"),
+        pytest.param(matrix(before='#include "device_launch_parameters.h"'), id="a header of the toolkit"),
+        pytest.param(matrix(before=MACRO, launch="GO(k, rows, 64, input, weight, output, cols, epsilon);"), id="macro"),
+        pytest.param(
+            matrix(launch=f"auto f = k; {LAUNCH.replace('k<<<rows, 64', 'f<<<dim3(rows), 96, 0, 0')}"), id="f"
+        ),
+    ],
+)
+def test_unusual_code_is_correct(tmp_path, text):
+    report = graded(tmp_path, text)
+    assert report.outcome is Outcome.CORRECT, report.lesson
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "text, construct",
+    [
+        (matrix(launch=VOID_POINTER), "cudaLaunchKernel with a kernel that is not called by its name"),
+        (matrix("cg::thread_group g = cg::this_thread_block(); float scale = 1;", before=COOPERATIVE), "thread_group"),
+        (matrix("cg::this_thread_block().barrier_arrive(); float scale = 1;", before=COOPERATIVE), "barrier_arrive"),
+        (matrix("float scale = __fmaf_ieee_rn(sum, 1, eps);"), "__fmaf_ieee_rn"),
+        (matrix(before="#include <curand.h>"), "curand.h"),
+        (matrix(before='#include "cuda_pipeline_primitives.h"'), "cuda_pipeline_primitives.h"),
+    ],
+)
+def test_unusual_code_is_blocked_at_worst(tmp_path, text, construct):
+    report = graded(tmp_path, text)
+    assert report.outcome is Outcome.BLOCKED and construct in report.lesson.text, report.lesson
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (
+            matrix("__shared__ float all = 0;\n float scale = all;"),
+            "rms_norm_matrix.cu:8: error: a __shared__ variable",
+        ),
+        (matrix("__shared__ float all[blockDim.x]; float scale = all[0];"), "must be known to the compiler"),
+        (matrix("float scale = __shfl_down(sum, 1);"), "write __shfl_down_sync"),
+        (matrix("float scale = sum __syncthreads();"), "before a __syncthreads()"),
+        (matrix(launch="k<<rows, 64>>(input, weight, output, cols, epsilon);"), "three angle brackets"),
+        (matrix(before='#include "helpers.h"'), "helpers.h"),
+        (matrix(before="int main() { return 0; }"), "defines `main`"),
+        (matrix("float scale = rsqrtff(sum);"), "rsqrtff"),
+    ],
+)
+def test_what_is_no_cuda_does_not_compile(tmp_path, text, said):
+    report = graded(tmp_path, text)
+    assert report.outcome is Outcome.DOES_NOT_COMPILE and said in report.lesson.text, report.lesson
+
+
+@needs_compiler
+@pytest.mark.parametrize("nvcc_says, outcome", [(0, Outcome.BLOCKED), (1, Outcome.DOES_NOT_COMPILE)])
+@pytest.mark.parametrize("text", [matrix("float scale = not_known(sum);"), matrix("float scale = 1; asm(1);")])
+def test_where_nvcc_is_installed_it_decides_what_is_cuda(tmp_path, monkeypatch, text, nvcc_says, outcome):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'rms_norm_matrix.cu(7): error: no' >&2\nexit {nvcc_says}\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(build, "nvcc", lambda: str(nvcc))
+    assert graded(tmp_path, text, nvcc=True).outcome is outcome
+
+
+SILU = """import torch
+import triton
+import triton.language as tl
+{before}
+@triton.jit
+def kernel(x, y, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    v = {load}.to(tl.float32)
+    tl.store(y + at, v * {sigmoid}, mask=at < n)
+
+def silu_triton(input):
+    x = input.contiguous()
+    y, n = torch.empty_like(x), x.numel()
+    kernel[lambda meta: (triton.cdiv(n, meta["BLOCK"]),)](x, y, n{block})
+    return y
+"""
+LOAD = "tl.load(x + at, mask=at < n)"
+BLOCK_POINTER = (
+    "tl.load(tl.make_block_ptr(x, (n,), (1,), (tl.program_id(0) * BLOCK,), (BLOCK,), (0,)), boundary_check=(0,))"
+)
+AUTOTUNE = "@triton.autotune([triton.Config({'BLOCK': 512}), triton.Config({'BLOCK': 1024})], key=['n'])"
+
+
+def triton_file(before: str = "", load: str = LOAD, sigmoid: str = "tl.sigmoid(v)", block: str = ", BLOCK=512") -> str:
+    return SILU.format(before=before, load=load, sigmoid=sigmoid, block=block)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "text, outcome, said",
+    [
+        pytest.param(triton_file(before=AUTOTUNE, block=""), Outcome.CORRECT, "", id="autotune"),
+        pytest.param(triton_file(load=BLOCK_POINTER), Outcome.CORRECT, "", id="block pointer"),
+        pytest.param(
+            triton_file("from triton.language.extra import libdevice", sigmoid="(0.5 + 0.5 * libdevice.tanh(v / 2))"),
+            Outcome.BLOCKED,
+            "libdevice.tanh",
+            id="libdevice",
+        ),
+    ],
+)
+def test_unusual_triton(tmp_path, text, outcome, said):
+    source = tmp_path / "silu_triton_kernel.py"
+    source.write_text(text)
+    report = grade(get("silu"), source, Options(cases=("n=33", "n=1025"), quick=True, **OFFLINE))
+    assert report.outcome is outcome, report.lesson
+    assert not said or said in report.lesson.text
+
+
+@needs_compiler
+def test_silu_through_tanh_is_silu(tmp_path):
+    """0.5 x (1 + tanh(x / 2)) cancels for negative x, within a rounding error of x."""
+    text = """#include "silu.h"
+__global__ void k(const float *x, float *y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) y[i] = 0.5f * x[i] * (1.0f + tanhf(0.5f * x[i]));
+}
+void silu(float *input, float *output, int n) { k<<<(n + 255) / 256, 256>>>(input, output, n); }
+"""
+    report = graded(tmp_path, text, "silu/CUDA")
+    assert report.outcome is Outcome.CORRECT, report.lesson
+
+
+@pytest.mark.parametrize("lab_name", list(LABS))
+def test_untouched_memory_passes_no_case(lab_name):
+    """Where the definition gives NaN only NaN is right: what a stub leaves behind earns nothing."""
+    lab = get(lab_name)
+    for case in lab.cases:
+        if case.gpu_only:
+            continue
+        inputs = inputs_of(lab, case)
+        with np.errstate(all="ignore"):
+            count = np.asarray(lab.expected(case, inputs)).size
+        left = CaseRun(output=np.full(count, 13323083.0, np.float32), ran=True)
+        assert not evaluate(lab, case, inputs, {FIRST: left}).passed, case.name
