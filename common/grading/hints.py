@@ -5,12 +5,14 @@ from common.grading.lab import Lab
 HINTS = {
     "not-started": "Do the TODOs in order and grade after each: after the first the outcome becomes `wrong`.",
     "does-not-compile": "Read the first error only; later ones often follow from it.",
+    "blocked": "Do without what is named, or grade on a machine with a GPU: this outcome says nothing about your file.",
+    "device-code-on-host": "A kernel runs through kernel<<<blocks, threads>>>(...); threadIdx exists only inside.",
     "divergent-barrier": "Which `return`, `if` or loop bound before a __syncthreads() differs between threads?",
     "warp-hang": "Every lane that the mask names must execute the same warp operation. Move it out of the `if`.",
     "shuffle-mask": "Use 0xffffffff where all lanes take part, and let all lanes take part.",
     "grid-sync-launch": "Replace <<<...>>> by cudaLaunchCooperativeKernel((void *)kernel, grid, block, arguments).",
     "cooperative-too-large": "Multiprocessors x blocks that fit on one; each thread then loops.",
-    "launch-shape": "Fix the block at 256 threads, say, and let each thread take several elements in a loop.",
+    "launch-shape": "Fix the block at 256 threads, say, and round the blocks up: (n + 255) / 256, not n / 256.",
     "launch-shared-memory": "48 KiB a block without asking for more: a partial sum a warp needs 128 bytes.",
     "copy-direction": "The last argument names from where to where: host to device, or device to host.",
     "copy-out-of-bounds": "Count bytes, not elements: sizeof(float) belongs into width and pitch.",
@@ -27,6 +29,11 @@ HINTS = {
     "tail-dropped": "`cols / blockDim.x` rounds down. Loop `for (i = threadIdx.x; i < cols; i += blockDim.x)`.",
     "tail-unwritten": "A grid of `n / block` blocks rounds down: (n + block - 1) / block, and a guard.",
     "one-element-a-thread": "When there are more elements than threads, a thread must take more than one.",
+    "odd-halving": "96 threads halve to 48, 24, 12, 6, 3, 1: who adds the third? Use 2^k threads, or warp shuffles.",
+    "half-warp": "for (int step = 16; step > 0; step /= 2) sum += __shfl_down_sync(0xffffffff, sum, step);",
+    "counted-often": "if (threadIdx.x % 32 == 0) before the atomicAdd of a warp's sum.",
+    "one-lane": "__shfl_xor_sync gives every lane the sum; or lane 0 writes it to shared memory.",
+    "no-kernel": "Write silu_kernel, and launch it: silu_kernel[grid](...). silu_torch.py is the reference only.",
     "rows-missing": "How many rows does the grid cover? One block a row needs `rows` blocks, in x (y ends at 65,535).",
 }
 

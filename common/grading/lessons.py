@@ -55,6 +55,7 @@ FINDINGS = {
     "leak": ("leak", "memory allocated in the call is never freed"),
     "exception": ("exception", "the call raises an exception"),
     "wrong-result": ("wrong-result", "the result is not what the task asks for"),
+    "no-kernel": ("no-kernel", "the result comes from no Triton kernel: the task is to write one"),
     "not-new": ("not-new", "the result must be a new tensor, and is the input (or shares its memory)"),
     "out-of-bounds": ("out-of-bounds", "a program goes past a tensor: mask the offsets that do not exist"),
     "race-hazard": (
@@ -95,11 +96,13 @@ def explain(
     if not failing:
         return None
     passing = [e for e in evaluations if e.passed]
+    # Wrong results first: who frees memory after them has learnt little.
+    failing = [e for e in failing if not _only_leaks(e)] or failing
     smallest = failing[0]
     # A crash hides what comes after it, so it is named first; then a wrong result that does not depend on the order.
     for evaluation in failing:
         for schedule, run in evaluation.runs.items():
-            if found := _finding(run):
+            if (found := _finding(run)) and (found[0] != "leak" or _only_leaks(evaluation)):
                 lesson_id, text = found
                 outcome = Outcome.CRASHES if lesson_id in _CRASHES else Outcome.WRONG
                 outcome = Outcome.RACES if lesson_id == "race" else outcome
@@ -125,13 +128,20 @@ def explain(
     return Outcome.WRONG, _pattern(failing, passing), smallest
 
 
+def _only_leaks(evaluation: Evaluation) -> bool:
+    runs = evaluation.runs.values()
+    kinds = {kind for run in runs for kind, _ in run.findings}
+    return kinds == {"leak"} and all(run.crash is None and evaluation.matches(run.output) for run in runs)
+
+
 def _finding(run: CaseRun) -> tuple[str, str] | None:
     items = [(run.crash.kind, run.crash.text)] if run.crash else []
-    # The cause comes before the error that it led to.
+    # The cause comes before the error that it led to, and a leak after everything.
+    last = ("launch-error", "leak")
     items = (
-        [f for f in run.findings if f[0] != "launch-error"]
+        [f for f in run.findings if f[0] not in last]
         + items
-        + [f for f in run.findings if f[0] == "launch-error"]
+        + [f for kind in last for f in run.findings if f[0] == kind]
     )
     for kind, detail in items:
         if kind == "harness-error":

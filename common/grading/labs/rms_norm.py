@@ -10,6 +10,7 @@ import numpy as np
 from common.grading.lab import UNWRITTEN, Case, Mistake
 from common.grading.labs.values import EPS32, draw
 
+ODD_BLOCKS = (96, 160, 192, 200, 224, 300, 320, 384, 448, 480, 500, 576, 600, 640, 768, 800, 896, 960, 1000)
 BLOCKS = (1024, 512, 256, 128, 64, 32)  # block sizes that a learner may have chosen
 
 
@@ -38,8 +39,10 @@ def expected(case: Case, inputs) -> np.ndarray:
 
 def tolerance(case: Case, inputs, result: np.ndarray) -> np.ndarray:
     """Rounding of a float32 sum of `cols` squares: its relative error grows as sqrt(cols), a chain's in the worst case
-    faster; 4 sqrt(cols) + 16 units leave room for any sensible order and for the approximate rsqrtf."""
-    return EPS32 * (16 + 4 * np.sqrt(case.sizes["cols"])) * np.abs(result) + 1e-37
+    faster; 4 sqrt(cols) + 16 units leave room for any sensible order and for the approximate rsqrtf. Where the
+    definition gives NaN, only NaN is right: a tolerance that is NaN itself would take anything."""
+    allowed = EPS32 * (16 + 4 * np.sqrt(case.sizes["cols"])) * np.abs(result) + 1e-37
+    return np.where(np.isfinite(result), allowed, 0.0)
 
 
 def by_sum_of_squares(squares: Callable[[Case, np.ndarray], np.ndarray]) -> Callable:
@@ -118,6 +121,11 @@ def formulas() -> tuple[Mistake, ...]:
             "x is multiplied by the RMS instead of divided",
             _formula(lambda x, w, e: x * np.sqrt(_mean(x) + e) * w),
         ),
+        Mistake(
+            "integer-division",
+            "1 / cols is 0 for whole numbers: divide the sum, a float, by cols",
+            _formula(lambda x, w, e: x / np.sqrt((x * x).sum(axis=1, keepdims=True) * (1 // x.shape[1]) + e) * w),
+        ),
         Mistake("mean-subtracted", "that is LayerNorm: RMSNorm does not subtract the mean", _formula(_variance_form)),
         Mistake(
             "squares-missing",
@@ -157,6 +165,68 @@ def reductions() -> tuple[Mistake, ...]:
 
         text = f"each thread's own partial sum is never added to the others' (blocks of {block})"
         found.append(Mistake("no-reduction", text, by_sum_of_squares(thread_zero)))
+    return tuple(found) + combining() + covering()
+
+
+def _by_thread(x: np.ndarray, block: int) -> np.ndarray:
+    """[rows, block]: each thread's sum of squares where thread t takes columns t, t + block, ..."""
+    whole = np.zeros((x.shape[0], -(-x.shape[1] // block) * block))
+    whole[:, : x.shape[1]] = x**2
+    return whole.reshape(x.shape[0], -1, block).sum(axis=1)
+
+
+def _halved(sums: np.ndarray) -> np.ndarray:
+    """What thread 0 has after `for (h = block / 2; h > 0; h /= 2) if (t < h) s[t] += s[t + h]`."""
+    sums, half = sums.copy(), sums.shape[1] // 2
+    while half:
+        sums[:, :half] += sums[:, half : 2 * half]
+        half //= 2
+    return sums[:, 0]
+
+
+def _lane_of_column(case: Case, inputs) -> np.ndarray:
+    """Blocks of one warp in which every lane uses what __shfl_down_sync left it."""
+    x, weight = arrays(case, inputs)
+    sums = _by_thread(x, 32)
+    for step in (16, 8, 4, 2, 1):
+        sums = sums + np.where(np.arange(32) + step < 32, np.roll(sums, -step, axis=1), sums)
+    mean = sums[:, np.arange(x.shape[1]) % 32] / x.shape[1]
+    return x / np.sqrt(mean + case.epsilon) * weight
+
+
+def combining() -> tuple[Mistake, ...]:
+    """Mistakes in how the threads' sums become one."""
+    found = [
+        Mistake("one-lane", "only lane 0 has the sum after __shfl_down_sync: hand it to the others", _lane_of_column)
+    ]
+
+    def lower_lanes(times):
+        return lambda c, x: times * (x[:, np.arange(x.shape[1]) % 32 < 16] ** 2).sum(axis=1)
+
+    for times in (1, 2):  # 2: with width 16 a lane without a partner adds its own value
+        text = "only lanes 0 to 15 of each warp are added up: the first step of a shuffle is 16, its width 32"
+        found.append(Mistake("half-warp", text, by_sum_of_squares(lower_lanes(times))))
+    for times, who in ((32, "by every lane of a warp"), *((b, f"by all {b} threads of a block") for b in BLOCKS[:-1])):
+        text = f"a sum that all have is added {who}, so it counts {times} times: let one thread add it"
+        found.append(Mistake("counted-often", text, by_sum_of_squares(lambda c, x, n=times: n * (x**2).sum(axis=1))))
+    for block in BLOCKS[:-1]:
+        text = (
+            f"the sums of the upper half of the threads are lost (blocks of {block}): a tree starts at blockDim.x / 2"
+        )
+        found.append(
+            Mistake(
+                "half-block", text, by_sum_of_squares(lambda c, x, b=block: _by_thread(x, b)[:, : b // 2].sum(axis=1))
+            )
+        )
+    for block in ODD_BLOCKS:
+        text = f"halving loses sums where the number of threads is no power of two (blocks of {block})"
+        found.append(Mistake("odd-halving", text, by_sum_of_squares(lambda c, x, b=block: _halved(_by_thread(x, b)))))
+    return tuple(found)
+
+
+def covering() -> tuple[Mistake, ...]:
+    """Mistakes in which columns are written."""
+    found = []
     for block in (*BLOCKS, 4):
         text = f"the last columns are never written when cols is not a multiple of {block}"
         found.append(Mistake("tail-unwritten", text, _writing_only(lambda cols, b=block: cols // b * b)))

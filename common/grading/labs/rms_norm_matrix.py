@@ -64,6 +64,13 @@ def _whole_matrix(case: Case, inputs) -> np.ndarray:
     return x / np.sqrt((x * x).mean() + case.epsilon) * weight
 
 
+def _by_columns(case: Case, inputs) -> np.ndarray:
+    x, weight = rms_norm.arrays(case, inputs)
+    x = x.reshape(x.shape[::-1]).T
+    result = x / np.sqrt((x * x).mean(axis=1, keepdims=True) + case.epsilon) * weight
+    return result.T.ravel()
+
+
 def _first_rows(count: int):
     def predict(case: Case, inputs) -> np.ndarray:
         result = rms_norm.expected(case, inputs)
@@ -87,10 +94,13 @@ LAB = Lab(
         *rms_norm.formulas(),
         Mistake("first-rows-scale", "every row is divided by the RMS of row 0", _row_scale_of_first),
         Mistake("weight-by-row", "the weight is indexed by the row: it has one element a column", _weight_by_row),
+        Mistake("column-major", "the matrix is row-major: its element [r][c] is at r * cols + c", _by_columns),
         Mistake("whole-matrix", "the mean is taken over the whole matrix, not over each row", _whole_matrix),
         *(
             Mistake(
-                "rows-missing", f"only the first {n} rows are written: the grid covers too few rows", _first_rows(n)
+                "rows-missing",
+                f"only the first {'row is' if n == 1 else f'{n} rows are'} written: the grid covers too few rows",
+                _first_rows(n),
             )
             for n in (1, 2, 32, 64, 128, 256, 512, 1024, 65535)
         ),

@@ -1,0 +1,30 @@
+// A mistake on purpose: only lane 0 has the whole sum.
+#include "rms_norm_matrix.h"
+
+#include <cuda_runtime.h>
+
+constexpr int kThreads = 32;
+
+__global__ void rms_norm_matrix_kernel(const float *input, const float *weight, float *output, int rows, int cols,
+                                       float epsilon) {
+    int row = blockIdx.x;
+    int tid = threadIdx.x;
+    const float *x = input + static_cast<size_t>(row) * cols;
+    float *y = output + static_cast<size_t>(row) * cols;
+
+    float sum = 0.0f;
+    for (int c = tid; c < cols; c += kThreads) {
+        sum += x[c] * x[c];
+    }
+    for (int step = 16; step > 0; step /= 2) {
+        sum += __shfl_down_sync(0xffffffff, sum, step);
+    }
+    float scale = rsqrtf(sum / cols + epsilon);
+    for (int c = tid; c < cols; c += kThreads) {
+        y[c] = x[c] * scale * weight[c];
+    }
+}
+
+void rms_norm_matrix(float *input, float *weight, float *output, int rows, int cols, float epsilon) {
+    rms_norm_matrix_kernel<<<rows, kThreads>>>(input, weight, output, rows, cols, epsilon);
+}
