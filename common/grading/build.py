@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 import re
+import resource
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from common.paths import cache_dir
 
 HERE = Path(__file__).resolve().parent
 EMULATION, HARNESS = HERE / "emulation", HERE / "harness"
-COMPILE_LIMIT_S = 120
+COMPILE_LIMIT_S, COMPILE_LIMIT_MB = 120, 4000
 
 # `checked` finds memory errors; `interleaved` may switch threads at any memory access (emulation/hooks.cpp).
 VARIANTS = {
@@ -79,6 +80,11 @@ def _run(command: list[str], cwd: Path) -> subprocess.CompletedProcess:
         raise CompileFailed(f"the compiler did not end within {COMPILE_LIMIT_S} s") from None
 
 
+def _limit_memory() -> None:
+    """Of the compiler over a learner's file: `#include "/dev/zero"` must not take the machine's."""
+    resource.setrlimit(resource.RLIMIT_AS, (COMPILE_LIMIT_MB << 20, COMPILE_LIMIT_MB << 20))
+
+
 def _cached_object(source: Path, flags: list[str]) -> Path:
     """An object file of our own source: compiled once, and again whenever a source, flag or compiler changes."""
     digest = hashlib.sha256("\0".join([compiler(), *flags]).encode())
@@ -112,7 +118,7 @@ _CUDA_ERRORS = (
 
 def _first_error(stderr: str, name: str) -> str:
     """The compiler's first error, at a line of the learner's file if one is named."""
-    lines = stderr.splitlines()
+    lines = [line for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r"\berror\b", line)]
     own = [line for line in errors if name and name in line]
     text = (own or errors or lines or ["the compiler failed without a message"])[0]
@@ -231,7 +237,9 @@ def _compile_emulated(lab: Lab, source: Path, text: str, work: Path) -> Exceptio
     for variant, flags in VARIANTS.items():
         target = work / f"{variant}.o"
         command = [compiler(), *_COMMON_FLAGS, *flags, *include, "-c", str(translated), "-o", str(target)]
-        jobs[variant] = subprocess.Popen(command, cwd=work, stderr=subprocess.PIPE, text=True, errors="replace")
+        jobs[variant] = subprocess.Popen(
+            command, cwd=work, stderr=subprocess.PIPE, text=True, errors="replace", preexec_fn=_limit_memory
+        )
     failed = None
     for job in jobs.values():
         try:

@@ -13,8 +13,11 @@ def parser(lab_name: str) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=f"Grade the lab {lab_name}. Exit code: 0 correct, 1 wrong, 2 bad input, 3 not started, 4 blocked."
     )
-    p.add_argument("--submission", type=Path, metavar="DIR", help="grade the file in DIR (a student's folder or clone)")
-    p.add_argument("--solution", type=int, metavar="N", help="grade step N of solutions/")
+    which = p.add_mutually_exclusive_group()
+    which.add_argument(
+        "--submission", type=Path, metavar="DIR", help="grade the file in DIR (a student's folder or clone)"
+    )
+    which.add_argument("--solution", type=int, metavar="N", help="grade step N of solutions/")
     p.add_argument(
         "--case", action="append", default=[], metavar="NAME", help="only cases whose name contains NAME; repeatable"
     )
@@ -61,6 +64,9 @@ def stub_of(lab) -> Path:
 def reset(lab) -> None:
     """Puts the stub back; the learner's file becomes FILE.bak (FILE.bak2 ... if that is taken)."""
     target, stub = lab.folder / lab.source, stub_of(lab)
+    if target.exists() and target.read_bytes() == stub.read_bytes():
+        print(f"{target} is the stub already")
+        return
     if target.exists():
         backup = target.with_name(target.name + ".bak")
         number = 2
@@ -121,6 +127,9 @@ def main(lab_name: str, argv: list[str] | None = None, after: str = "") -> None:
             print(after)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except OSError as error:  # a folder or a file that may not be read or written
+        print(f"error: {error.filename or 'system'}: {error.strerror}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130

@@ -18,6 +18,7 @@ HINTS = {
     "copy-out-of-bounds": "Count bytes, not elements: sizeof(float) belongs into width and pitch.",
     "out-of-bounds": "The last block has threads without work: compare the index with the length before using it.",
     "host-touches-device": "Device pointers are for kernels and cudaMemcpy only.",
+    "device-touches-host": "Memory of cudaMalloc (or cudaHostAlloc) for the kernel; cudaMemcpy to and from the host's.",
     "misaligned": "float4 needs an address that is a multiple of 16: is every row's start one, when cols is odd?",
     "endless": "Which loop's condition can stay true? A stride that becomes 0 is a usual suspect.",
     "input-changed": "Write to `output` only.",

@@ -48,6 +48,10 @@ FINDINGS = {
         "host-touches-device",
         "the host cannot follow a device pointer: copy, or use a kernel",
     ),
+    "asan-device-touches-host": (
+        "device-touches-host",
+        "a kernel cannot follow a pointer of the host's: copy to memory of cudaMalloc",
+    ),
     "misaligned": ("misaligned", "a vector load or store needs an address that is a multiple of its size"),
     "timeout": ("endless", "the call never ends"),
     "out-of-memory": ("out-of-memory", "the call uses too much memory"),
@@ -78,7 +82,15 @@ _CRASHES = {
     "device-code-on-host",
     "out-of-bounds",
 }
-_CRASHES |= {"host-touches-device", "misaligned", "endless", "out-of-memory", "crash", "exception"}
+_CRASHES |= {
+    "host-touches-device",
+    "device-touches-host",
+    "misaligned",
+    "endless",
+    "out-of-memory",
+    "crash",
+    "exception",
+}
 
 
 def size_of(evaluation: Evaluation) -> int:

@@ -301,6 +301,8 @@ def _asan_crash(kind: str, text: str, run: CaseRun) -> Crash:
     verb = {"READ": "reads", "WRITE": "writes"}[access[1]] if access else "accesses"
     region = _REGION.search(text)
     if kind == "use-after-poison" and "is located" in text and region and region["side"] == "inside of":
+        if "fiber_main" in text:
+            return Crash("asan-device-touches-host", f"{where}a kernel {verb} memory of malloc, new or a vector")
         return Crash("asan-host-touches-device", f"{where}host code {verb} device memory through its pointer")
     if region is None:
         return Crash(f"asan-{kind}", f"{where}{verb} memory that is not there ({kind})")

@@ -140,6 +140,39 @@ def test_where_nvcc_is_installed_it_decides_what_is_cuda(tmp_path, monkeypatch, 
     assert graded(tmp_path, text, nvcc=True).outcome is outcome
 
 
+@needs_compiler
+def test_the_compiler_has_a_limit_of_memory(tmp_path):
+    report = graded(tmp_path, '#include "/dev/zero"\n')
+    assert report.outcome is Outcome.DOES_NOT_COMPILE and "memory" in report.lesson.text
+
+
+def test_reset_keeps_no_copy_of_the_stub(tmp_path, monkeypatch, capsys):
+    from common.grading import cli, lab
+
+    monkeypatch.setattr(lab, "ROOT", tmp_path)
+    theirs, stub = (tmp_path / folder / "silu/CUDA" for folder in ("", "common/grading/stubs"))
+    for folder in (theirs, stub):
+        folder.mkdir(parents=True)
+        (folder / "silu.cu").write_text("stub")
+    cli.reset(get("silu/CUDA"))
+    assert [path.name for path in theirs.iterdir()] == ["silu.cu"] and "already" in capsys.readouterr().out
+    (theirs / "silu.cu").write_text("mine")
+    cli.reset(get("silu/CUDA"))
+    assert (theirs / "silu.cu.bak").read_text() == "mine" and (theirs / "silu.cu").read_text() == "stub"
+
+
+def test_a_file_that_may_not_be_touched_is_bad_input(monkeypatch, capsys):
+    from common.grading import cli
+
+    def refused(lab):
+        raise PermissionError(13, "Permission denied", "silu.cu")
+
+    monkeypatch.setattr(cli, "reset", refused)
+    with pytest.raises(SystemExit) as ended:
+        cli.main("silu/CUDA", ["--reset"])
+    assert ended.value.code == 2 and capsys.readouterr().err == "error: silu.cu: Permission denied\n"
+
+
 SILU = """import torch
 import triton
 import triton.language as tl

@@ -70,18 +70,26 @@ template <class T> struct DynamicShared {  // `extern __shared__ T name[];` at f
     operator T *() const { return dynamic_shared<T>(); }
 };
 
+template <class T> void shut_argument(const T &) {}
+template <class T> void shut_argument(T *pointer) { shut_host_memory(pointer); }
+
 struct Launch {  // kernel<<<grid, block, shared, stream>>>(arguments)
     dim3 grid, block;
     size_t shared;
     Launch(dim3 g, dim3 b, size_t s = 0, cudaStream_t = nullptr) : grid(g), block(b), shared(s) {}
     template <class K, class... A> void call(K kernel, A... arguments) {
+        (shut_argument(arguments), ...);
         emu_last(cudaError_t(launch([=] { kernel(arguments...); }, grid, block, shared, false)));
+        open_host_memory();
     }
 };
 template <class... P, size_t... I>
 cudaError_t launch_with(void (*kernel)(P...), dim3 g, dim3 b, void **a, size_t shared, bool cooperative, std::index_sequence<I...>) {
     auto bound = [=] { kernel(*static_cast<std::remove_reference_t<P> *>(a[I])...); };
-    return emu_last(cudaError_t(launch(bound, g, b, shared, cooperative)));
+    (shut_argument(*static_cast<std::remove_reference_t<P> *>(a[I])), ...);
+    cudaError_t error = emu_last(cudaError_t(launch(bound, g, b, shared, cooperative)));
+    open_host_memory();
+    return error;
 }
 
 // Atomics: fibers share one CPU thread, so a function without a switch in it is one step.

@@ -22,6 +22,10 @@ class DeviceMemoryOpen {  // device memory is reachable while one of these lives
     ~DeviceMemoryOpen();
 };
 
+// Memory of malloc or new that a kernel is handed: no GPU can reach it, so it is out of reach while the kernel runs.
+void shut_host_memory(const void *pointer);
+void open_host_memory();
+
 // For the harness
 struct Counts { size_t launches, copies, allocated_bytes; };
 Counts counts();

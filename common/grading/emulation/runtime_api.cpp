@@ -6,6 +6,7 @@
 
 #include <map>
 #include <time.h>
+#include <vector>
 
 struct emuEvent { double milliseconds; };
 
@@ -46,6 +47,24 @@ DeviceMemoryOpen::~DeviceMemoryOpen() {
             if (r.second.device) __asan_poison_memory_region(r.first, r.second.bytes);
 }
 
+static std::vector<std::pair<void *, size_t>> shut;
+void shut_host_memory(const void *pointer) {
+    if (!pointer || find(pointer) != regions.end()) return;
+#ifdef EMU_ASAN
+    char name[1];
+    void *start = nullptr;
+    size_t bytes = 0;
+    const char *kind = __asan_locate_address(const_cast<void *>(pointer), name, sizeof name, &start, &bytes);
+    if (strcmp(kind, "heap") != 0) return;
+    __asan_poison_memory_region(start, bytes);
+    shut.emplace_back(start, bytes);
+#endif
+}
+void open_host_memory() {
+    for (auto &memory : shut) __asan_unpoison_memory_region(memory.first, memory.second);
+    shut.clear();
+}
+
 void count_launch() { ++totals.launches; }
 Counts counts() { return totals; }
 void name_buffer(const char *name, const void *start, size_t bytes) { finding("buffer", "%s %p %zu", name, start, bytes); }
@@ -62,6 +81,10 @@ unsigned resident_blocks(int threads, size_t shared_bytes) {
 static cudaError_t check_range(const char *which, const void *pointer, size_t pitch, size_t width, size_t height, bool device) {
     auto it = find(pointer);
     bool is_device = it != regions.end() && it->second.device;
+    if (device && it == regions.end() && __asan_address_is_poisoned(pointer)) {
+        finding("copy-out-of-bounds", "the %s of a copy begins outside every allocation (a pointer counts elements, not bytes)", which);
+        return cudaErrorInvalidValue;
+    }
     if (is_device != device) {
         finding("copy-direction", "the %s of a copy is %s memory, the direction says %s", which,
                 is_device ? "device" : "host", device ? "device" : "host");

@@ -14,6 +14,7 @@
 #include <sanitizer/common_interface_defs.h>
 #else
 inline void __asan_poison_memory_region(const volatile void *, size_t) {}
+inline int __asan_address_is_poisoned(const volatile void *) { return 0; }
 inline void __asan_unpoison_memory_region(const volatile void *, size_t) {}
 inline void __sanitizer_start_switch_fiber(void **, const void *, size_t) {}
 inline void __sanitizer_finish_switch_fiber(void *, const void **, size_t *) {}
