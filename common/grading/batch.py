@@ -60,20 +60,32 @@ def main(argv: list[str] | None = None) -> int:
         if not students:
             raise UserError(f"{args.folder}: holds no folders; one a student is expected")
         file = args.out.open("w", newline="")
-    except (UserError, OSError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    with file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for student in students:
-            for lab in labs:
-                row = grade_one(student, lab, Options(use_gpu=not args.no_gpu, quick=args.quick))
-                writer.writerow(row)
-                file.flush()
-                print(f"{row['student']:24} {lab:16} {row['outcome']:18} {row['earned']}", flush=True)
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    try:
+        with file:
+            grade_all(students, labs, Options(use_gpu=not args.no_gpu, quick=args.quick), file)
+    except KeyboardInterrupt:
+        print(f"stopped: {args.out} has the rows so far", file=sys.stderr)
+        return 130
     print(f"wrote {args.out}")
     return 0
+
+
+def grade_all(students: list[Path], labs: list[str], options, file) -> None:
+    """A row a student and lab, in `file` as soon as it is known."""
+    writer = csv.DictWriter(file, COLUMNS)
+    writer.writeheader()
+    for student in students:
+        for lab in labs:
+            row = grade_one(student, lab, options)
+            writer.writerow(row)
+            file.flush()
+            print(f"{row['student']:24} {lab:16} {row['outcome']:18} {row['earned']}", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from common.grading.lab import LABS, ROOT, get
 
 FOLDER = "transformers-lab"
 STUBS = "tests/grading/stubs"
+FOR_INSTRUCTORS = ", [for instructors](docs/instructors.md)"  # in README.md: the page is not handed out
 
 
 def chosen_files() -> list[str]:
@@ -31,8 +32,10 @@ def write(target: Path) -> int:
     stubs = {f"{name}/{get(name).source}": ROOT / STUBS / name / get(name).source for name in LABS}
     names = chosen_files()
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in sorted(set(names) | set(stubs)):
+        for name in sorted(set(names) - {"README.md"} | set(stubs)):
             archive.write(stubs.get(name, ROOT / name), f"{FOLDER}/{name}")
+        readme = (ROOT / "README.md").read_text().replace(FOR_INSTRUCTORS, "")
+        archive.writestr(f"{FOLDER}/README.md", readme)
         for name, path in stubs.items():  # for grade.py --reset
             archive.write(path, f"{FOLDER}/common/grading/stubs/{name}")
     return len(names)
@@ -44,8 +47,11 @@ def main() -> int:
     args = p.parse_args()
     try:
         count = write(args.out)
-    except (UserError, OSError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     print(f"wrote {args.out}: {count} files, in the folder {FOLDER}/")
     return 0

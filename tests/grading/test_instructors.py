@@ -1,6 +1,7 @@
 """Grading a class goes on after any failure; the handout holds no solutions and starts every lab at its stub."""
 
 import csv
+import re
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,23 @@ def test_a_class_is_graded_to_its_end(tmp_path):
     assert batch.main([str(tmp_path / "nobody"), "--out", str(out)]) == 2
 
 
+def test_ctrl_c_keeps_the_rows_of_a_class(tmp_path, monkeypatch, capsys):
+    def graded(student, lab, options):
+        if student.name == "ben":
+            raise KeyboardInterrupt
+        return dict.fromkeys(batch.COLUMNS, "") | {"student": student.name}
+
+    monkeypatch.setattr(batch, "grade_one", graded)
+    for student in ("ada", "ben"):
+        (tmp_path / "class" / student).mkdir(parents=True)
+    out = tmp_path / "grades.csv"
+    assert batch.main([str(tmp_path / "class"), "--lab", "silu", "--out", str(out)]) == 130
+    assert [row["student"] for row in csv.DictReader(out.open())] == ["ada"]
+    assert str(out) in capsys.readouterr().err
+    assert batch.main([str(tmp_path / "class"), "--out", str(tmp_path / "no" / "g.csv")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'no' / 'g.csv'}: No such file or directory\n"
+
+
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the handout is made from a git clone")
 def test_handout_has_stubs_and_no_solutions(tmp_path):
     target = tmp_path / "handout.zip"
@@ -50,6 +68,8 @@ def test_handout_has_stubs_and_no_solutions(tmp_path):
         assert len(names) == len(set(names))
         archive.extractall(tmp_path)
     clone = tmp_path / handout.FOLDER
+    links = re.findall(r"\]\(([^)#:]+)\)", (clone / "README.md").read_text())
+    assert links and not [link for link in links if not (clone / link).exists()]
     for name in LABS:
         source = clone / name / get(name).source
         assert source.read_bytes() == (ROOT / handout.STUBS / name / get(name).source).read_bytes()
