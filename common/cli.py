@@ -64,7 +64,7 @@ def build_parser(
     if model:
         parser.add_argument(
             "--model",
-            type=_nonempty,
+            type=nonempty,
             metavar="SOURCE",
             help="a checkpoint folder, a hub id, 'embedded' (small real weights) or 'random:SHAPE'; "
             "without it: $TLAB_MODEL, a local Llama-3-8B, or embedded",
@@ -81,7 +81,7 @@ def build_parser(
     )
     _add_sizes(parser, sweeps or {})
     parser.add_argument(
-        "--out", type=_nonempty, metavar="DIR", help="where to write (default: results/ beside the script)"
+        "--out", type=nonempty, metavar="DIR", help="where to write (default: results/ beside the script)"
     )
     parser.add_argument("--seed", type=_natural, default=0, help="seed of everything random (default: 0)")
     parser.add_argument("--repeats", type=_positive, metavar="N", help="timed runs a point (default: the preset's)")
@@ -108,7 +108,7 @@ def build_plot_parser(doc: str | None) -> argparse.ArgumentParser:
     """The options of a script that only draws: where the CSVs are and the picture goes, and --debug."""
     parser = build_bare_parser(doc)
     parser.add_argument(
-        "--out", type=_nonempty, metavar="DIR", help="folder of the CSVs (default: results/ beside the script)"
+        "--out", type=nonempty, metavar="DIR", help="folder of the CSVs (default: results/ beside the script)"
     )
     return parser
 
@@ -133,10 +133,10 @@ def _add_sizes(parser: argparse.ArgumentParser, sweeps: Mapping[str, str]) -> No
 
 def _add_text_options(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", type=_nonempty, metavar="TEXT", help="answer this prompt")
-    source.add_argument("--prompts", type=_nonempty, metavar="FILE", help="a prompt a line; JSON lines if named .jsonl")
+    source.add_argument("--prompt", type=nonempty, metavar="TEXT", help="answer this prompt")
+    source.add_argument("--prompts", type=nonempty, metavar="FILE", help="a prompt a line; JSON lines if named .jsonl")
     parser.add_argument("--raw", action="store_true", help="give the prompt as it is, without the chat template")
-    parser.add_argument("--dump-tokens", type=_nonempty, metavar="FILE", help="write the token ids as JSON lines")
+    parser.add_argument("--dump-tokens", type=nonempty, metavar="FILE", help="write the token ids as JSON lines")
     eos = parser.add_mutually_exclusive_group()
     eos.add_argument("--ignore-eos", dest="ignore_eos", action="store_const", const=True, help="go on past end-of-text")
     eos.add_argument("--stop-at-eos", dest="ignore_eos", action="store_const", const=False, help="stop at end-of-text")
@@ -169,7 +169,8 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _nonempty(text: str) -> str:
+def nonempty(text: str) -> str:
+    """An argparse type: a text that is not empty, as an unset shell variable would give."""
     if not text:
         raise argparse.ArgumentTypeError("is empty")
     return text
@@ -222,15 +223,16 @@ def _sizes_text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def clip_sweep(values: Sequence[int], limit: int, *, typed: bool, what: str) -> list[int]:
+def clip_sweep(values: Sequence[int], limit: int, *, typed: bool, what: str, option: str = "") -> list[int]:
     """The values of at most `limit`. A preset's larger ones are left out with a printed line; a typed one is an error.
 
-    what: what the limit is, as in "context": "2^14 left out: context 8192".
+    what: what the limit is, as in "context": "2^14 left out: context 8192". option: its name, for the error.
     """
     kept = [value for value in values if value <= limit]
     over = [_size_name(value) for value in values if value > limit]
     if over and typed:
-        raise UserError(f"{over[0]} is above {what} {limit}; give sizes of at most {limit}")
+        named = f"{option}: " if option else ""
+        raise UserError(f"{named}{over[0]} is above {what} {limit}; give sizes of at most {limit}")
     if not kept:
         raise UserError(f"no size of this preset fits {what} {limit}: the smallest is {min(values, default=0)}")
     if over:
@@ -259,6 +261,16 @@ def output_dir(args: argparse.Namespace, script_file: str) -> Path:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"--out: cannot write into {folder}: {reason}; give a folder with --out DIR") from None
     return folder
+
+
+def refuse_unused(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """UserError for an option among `names` (as in args) that was typed and would be ignored; `why` ends the line.
+
+    To be asked before `apply_preset` fills what was not typed.
+    """
+    for name in names:
+        if getattr(args, name) not in (None, False, ()):
+            raise UserError(f"--{name.replace('_', '-')}: {why}")
 
 
 def typed_prompts(args: argparse.Namespace) -> list[str] | None:

@@ -285,10 +285,15 @@ class Engine:
     def _check_fits(self, num_pages: int) -> None:
         page = DistKVPool.page_bytes(self.model.config, self.page_size, self.model.dtype)
         free = free_bytes(self.model.device)
-        if num_pages < 1 or num_pages * page > free:
+        if num_pages < 1:
             raise UserError(
-                f"--kv-pages: {max(num_pages, 1)} pages of {self.page_size} tokens take "
-                f"{human_bytes(max(num_pages, 1) * page)}; {human_bytes(free)} are free"
+                f"--kv-memory: of {human_bytes(free)} that are free this holds no page, {human_bytes(page)} for "
+                f"{self.page_size} tokens; give a larger share, or --kv-pages"
+            )
+        if num_pages * page > free:
+            raise UserError(
+                f"--kv-pages: {num_pages} pages of {self.page_size} tokens take {human_bytes(num_pages * page)}; "
+                f"{human_bytes(free)} are free"
             )
 
     def capture_graphs(self, max_batch_size: int) -> str:

@@ -5,6 +5,9 @@ Which page belongs to whom is bookkeeping without tensors and stands in common/p
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 
 from common.config import ModelConfig
@@ -63,7 +66,7 @@ class DistKVPool(PageAllocator):
         self.head_major, self.device = head_major, torch.device(device)
         tokens_and_heads = (num_kv_heads, page_size) if head_major else (page_size, num_kv_heads)
         shape = (capacity + 1, 2, *tokens_and_heads, head_dim)
-        stored = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        stored = [_zeros(shape, dtype, self.device) for _ in range(num_layers)]
         self.layers = [layer.transpose(2, 3) if head_major else layer for layer in stored]
 
     @property
@@ -79,3 +82,16 @@ class DistKVPool(PageAllocator):
     def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
         """Bytes of one page over all layers."""
         return page_size * config.kv_bytes_per_token(dtype.itemsize)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """torch.zeros; on a CPU of memory that the system hands out, zeroed, when it is first touched. A pool of gigabytes
+    then takes no time to make, and no memory before its pages are used.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    line = 64  # bytes: a cache line, to which torch aligns what it allocates
+    num_bytes = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(num_bytes + line, dtype=np.uint8)
+    first = -raw.ctypes.data % line
+    return torch.from_numpy(raw[first : first + num_bytes]).view(dtype).view(shape)

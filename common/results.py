@@ -32,8 +32,11 @@ SUSPECT = "suspect"  # the optional column of points that stayed above 105 % of 
 # Options that do not change what a row means: where it goes, how it is shown, and which peers are measured beside it.
 # Swept sizes are lists and are left out too: which points exist is what the rows themselves say.
 _NEUTRAL_OPTIONS = {"out", "resume", "no_plot", "debug", "compare", "dump_tokens", "interrupted", "preset"}
-# Fields that are recorded but may differ between two runs whose rows still belong in one file.
-_MAY_DIFFER = {"command", "utc_time", "git_commit", "clocks", "power_limit_w", "ceilings", "python", "options"}
+# Fields that are recorded but may differ between two runs whose rows still belong in one file. kv_pages: what the free
+# memory of the moment gave; where it was typed, the option has to agree.
+_MAY_DIFFER = {"command", "utc_time", "git_commit", "clocks", "power_limit_w", "ceilings", "python", "options"} | {
+    "kv_pages"
+}
 _HISTORY, _AT_CLOSE = "earlier_runs", "added_at_close"
 
 

@@ -306,6 +306,8 @@ def error_rows(model: StepModel, measured: Sequence[Measured]) -> list[dict]:
 
 
 def main(args) -> None:
+    if args.save:
+        cli.check_output_file(args.save, "--save")
     machine, shape = parse(args.simulate)
     measured = read_measured(Path(args.check))
     # Fitted on every other step and checked on the rest: a figure that was fitted to itself would prove nothing.
@@ -337,6 +339,9 @@ if __name__ == "__main__":
     parser.add_argument("--simulate", required=True, metavar="MACHINE[:SHAPE]", help="the machine of the measured run")
     parser.add_argument("--check", required=True, metavar="CSV", help="an *_iterations.csv measured on it")
     parser.add_argument(
-        "--save", metavar="FILE", help="write the machine with its fitted overhead, for --simulate FILE"
+        "--save",
+        type=cli.nonempty,
+        metavar="FILE",
+        help="write the fitted machine, for --simulate FILE",
     )
     cli.run(main, parser)

@@ -24,6 +24,7 @@ BEGAN = time.perf_counter()
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common import cli
+from common.errors import UserError
 from common.pages import DistKVCache, pages_for
 from common.serving import Chunk, InputRequest, Request, Work
 
@@ -58,6 +59,13 @@ PRESETS = {
         "batch_tokens": 128, "kv_lens": [1024, 4096, 16384, 32768], "context_tokens": 64, "repeats": 5,
     },
 }  # fmt: skip
+
+
+# What the command line has for the sweeps, and answers alone would ignore.
+SWEEPS_ONLY = (
+    "compare", "resume", "no_plot", "repeats", "warmup", "output_lengths", "input_length", "seq_lens", "batch_sizes",
+    "kv_lens",
+)  # fmt: skip
 
 
 class Engine:
@@ -198,7 +206,8 @@ def complete(exp, engine, texts, start_up):
             print(f"\n> {text_run.shown(texts[request.request_id])}\n{answer}")
         count = request.num_output_tokens
         speed = count / request.token_times[-1]
-        print(f"[{count} tokens, ended by {request.finish_reason}, {speed:.1f} tokens/s]", flush=True)
+        end = "" if text_too else "\n"  # of the text that was streamed
+        print(f"{end}[{count} tokens, ended by {request.finish_reason}, {speed:.1f} tokens/s]", flush=True)
 
     single = len(texts) == 1
     stream = TextStream(tokenizer, len(texts), lambda r: show(r, text_too=not single)) if args.stream else None
@@ -224,8 +233,6 @@ def complete(exp, engine, texts, start_up):
         f"reading the prompts included\npages: {engine.peak_pages} of {engine.pool.capacity} at the peak, "
         f"{engine.pool.capacity - engine.num_free_pages} at the end\n{start_up.first_token()}"
     )
-    if args.dump_tokens:
-        text_run.dump_requests(args.dump_tokens, requests)
     return requests
 
 
@@ -245,7 +252,7 @@ def ablate(args):
     from common import roofline
     from common.scripts import ablation, experiment, pipeline_plots
 
-    ablation.refuse_unused(args)
+    cli.refuse_unused(args, ablation.UNUSED, "not used by --ablation; leave one of them out")
     exp = experiment.prepare(args, __file__, ablation.PRESETS)
     file = ablation.Ablation(exp, Engine).measure()
     pictures = [] if args.no_plot else [pipeline_plots.draw_ablation(file.path)]
@@ -257,15 +264,19 @@ def ablate(args):
 
 def main(args):
     from common.paged.backends import pick_backend
-    from common.scripts import breakdown, experiment, pipeline_plots, pipeline_sweeps, start_up
+    from common.scripts import breakdown, experiment, pipeline_plots, pipeline_sweeps, start_up, text_run
 
     if args.ablation:
         return ablate(args)
     start, texts = start_up.StartUp(BEGAN), cli.typed_prompts(args)
+    answers_only = args.no_sweep or texts is not None
+    if answers_only:
+        alone = "--no-sweep" if args.no_sweep else "a typed prompt"
+        cli.refuse_unused(args, SWEEPS_ONLY, f"belongs to the sweeps, which {alone} leaves out; leave one of them out")
     with start.part("weights"):
         exp = experiment.prepare(args, __file__, PRESETS)
         pick_backend(args.backend, exp.model)  # refused now rather than after the ceilings
-    if not (args.no_sweep or texts):
+    if not answers_only:
         with start.part("ceilings"):
             exp.ceilings  # noqa: B018 (measured here, before the pool takes the free memory)
     with start.part("KV pool"):
@@ -277,13 +288,19 @@ def main(args):
             num_pages=args.kv_pages,
             kv_memory=args.kv_memory,
         )
+    sweeps = None if answers_only else pipeline_sweeps.Sweeps(exp, engine)
     with start.part("graphs"):
         engine.steps.warm_up(min(len(texts or PROMPTS), 32))  # larger graphs when they are needed
     print(f"{engine.steps.describe_pool()}\n{start.ready()}", flush=True)
-    check(exp, complete(exp, engine, texts or PROMPTS, start))
-    if args.no_sweep or texts:
+    requests = complete(exp, engine, texts or PROMPTS, start)
+    if answers_only and all(r.finish_reason == "refused" for r in requests):
+        raise UserError("no prompt can be served: shorten them or --max-new-tokens, or raise --kv-pages")
+    if args.dump_tokens:
+        text_run.dump_requests(args.dump_tokens, requests)
+    check(exp, requests)
+    if sweeps is None:
         return
-    sweeps = pipeline_sweeps.Sweeps(exp, engine).measure()
+    sweeps = sweeps.measure()
     parts = breakdown.measure(exp, engine) if not args.interrupted else None
     pictures = [] if args.no_plot else pipeline_plots.draw_all(sweeps, parts)
     for file in [*sweeps, *([parts] if parts else [])]:

@@ -54,21 +54,25 @@ SHOWN_COLUMNS = (
 
 
 def main(args):
+    experiment.check_options(args)
     if args.trace:
         cli.check_output_file(args.trace, "--trace")
         if args.simulate:
             raise UserError("--trace: a simulated machine runs no kernels; leave --simulate out")
+    if not args.scale:
+        cli.refuse_unused(args, ("batch_sizes", "kv_lens"), "a size of --scale; add --scale or leave it out")
     if args.scale and args.replicas != 1:
         raise UserError("--scale: counts the requests of one machine; leave --replicas out")
     sizes = {name: preset | (scale.PRESETS[name] if args.scale else {}) for name, preset in PRESETS.items()}
     setup = prepare(args, __file__, sizes)
     requests = experiment.read_requests(args, setup, REQUESTS, SET_SHAPES)
+    points = scale.points(args, setup) if args.scale else []
     files = Files(setup.out, "chunked", setup.suffix, setup.facts, resume=args.resume, compare=bool(args.compare))
     budgets = result_file(args, setup, "budgets", BUDGET_COLUMNS, BUDGET_KEY)
     scaling = result_file(args, setup, "scale", scale.COLUMNS, scale.KEY)
     runs, failures, sentences = [], [], []
     with cli.keep_partial(args):
-        measure(args, setup, requests, files, budgets, scaling, runs, failures, sentences)
+        measure(args, setup, requests, points, files, budgets, scaling, runs, failures, sentences)
     for file in (files, budgets, scaling):
         file.close()
     if not files.summary.rows:
@@ -79,7 +83,7 @@ def main(args):
     experiment.check(setup, files, failures)
 
 
-def measure(args, setup, requests, files, budgets, scaling, runs, failures, sentences):
+def measure(args, setup, requests, points, files, budgets, scaling, runs, failures, sentences):
     """All that is measured, into the files and the three lists, so that Ctrl-C keeps what there is."""
     whole, pieces = scheduler(CONTINUOUS, None, args.req_batch_size), chunked(args, args.token_batch_size)
     peer = peers.hugging_face(args, setup)
@@ -100,9 +104,9 @@ def measure(args, setup, requests, files, budgets, scaling, runs, failures, sent
         print(f"the sweep over budgets takes the first {SWEEP_REQUESTS:,} requests")
     some = requests[:SWEEP_REQUESTS]
     serve_arriving(sweep, setup, arriving(some, files.summary.rows, args), args, budgets)
-    if args.scale:
+    if points:
         measured = None if args.simulate else files.iterations.path
-        scale.measure(args, setup, partial(scheduler, CHUNKED), scaling, measured)
+        scale.measure(args, setup, points, partial(scheduler, CHUNKED), scaling, measured)
     failures += peers.compare_vllm(args, setup, requests, files, peer, runs)
 
 
@@ -357,7 +361,12 @@ if __name__ == "__main__":
     parser = cli.build_parser(__doc__, sweeps=sweeps, compare=("hf", "vllm"))
     experiment.add_options(parser, REQUESTS)
     parser.add_argument("--scale", action="store_true", help="sweep requests in flight and context too")
-    parser.add_argument("--trace", metavar="FILE", help="write a timeline of one more run (JSON for ui.perfetto.dev)")
+    parser.add_argument(
+        "--trace",
+        type=cli.nonempty,
+        metavar="FILE",
+        help="write a timeline of one more run (JSON for ui.perfetto.dev)",
+    )
     parser.add_argument(
         "--token-batch-size", type=experiment.at_least_one, metavar="N", help="tokens a step computes at most"
     )

@@ -47,6 +47,7 @@ SHOWN_COLUMNS = (
 
 
 def main(args):
+    experiment.check_options(args)
     if args.load and "continuous" not in args.policies:
         raise UserError("--load: serves the continuous policy, which --policies leaves out; add it or leave --load out")
     if not distributed.is_rank():

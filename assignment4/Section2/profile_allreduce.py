@@ -71,7 +71,7 @@ def profile(args, world):
     typed = cli.apply_preset(args, PRESETS, world.device.type)
     if world.device.type == "cpu":
         what = "the largest size profiled between CPU processes:"
-        args.bytes = cli.clip_sweep(args.bytes, MAX_CPU_BYTES, typed="bytes" in typed, what=what)
+        args.bytes = cli.clip_sweep(args.bytes, MAX_CPU_BYTES, typed="bytes" in typed, what=what, option="--bytes")
     dtype = getattr(torch, args.dtype) if args.dtype != "auto" else allreduce_profile.default_dtype(world.device)
     points = [(None, num_bytes) for num_bytes in args.bytes]
     points += [(batch_size, batch_size * HIDDEN_SIZE * dtype.itemsize) for batch_size in args.batch_sizes]

@@ -26,7 +26,8 @@ BACKENDS = ("auto", "torch", "triton", "flashinfer")
 
 def add_options(parser: argparse.ArgumentParser, default_set: str) -> None:
     """The options that both scripts have beside the shared ones."""
-    parser.add_argument("--requests", metavar="NAME|FILE", help=f"{request_sets.HELP} (default: {default_set})")
+    sets = f"{request_sets.HELP} (default: {default_set})"
+    parser.add_argument("--requests", type=cli.nonempty, metavar="NAME|FILE", help=sets)
     parser.add_argument("--num-requests", type=at_least_one, metavar="N", help="how many of them (default: all)")
     parser.add_argument("--req-batch-size", type=at_least_one, metavar="N", help="requests that run at once at most")
     parser.add_argument("--rate", type=positive_number, metavar="R", help="Poisson arrivals, R a second (else at once)")
@@ -39,7 +40,9 @@ def add_options(parser: argparse.ArgumentParser, default_set: str) -> None:
         "--hf-batch-size", type=at_least_one, metavar="N", help="requests in a batch of --compare hf (default: ours)"
     )
     parser.add_argument("--stop-at-eos", action="store_true", help="end at end-of-text (else by length alone)")
-    parser.add_argument("--dump-tokens", metavar="FILE", help="write the token ids of the last policy as JSON lines")
+    parser.add_argument(
+        "--dump-tokens", type=cli.nonempty, metavar="FILE", help="write the token ids of the last policy as JSON lines"
+    )
     parser.add_argument(
         "--page-size", type=at_least_one, metavar="N", default=16, help="tokens a KV page (default: 16)"
     )
@@ -48,12 +51,25 @@ def add_options(parser: argparse.ArgumentParser, default_set: str) -> None:
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="attention over pages (default: auto)")
     parser.add_argument(
         "--simulate",
+        type=cli.nonempty,
         metavar="MACHINE[:SHAPE]",
         help="step times from a roofline: h200, cpu2 or a roofline.json, :SHAPE",
     )
     parser.add_argument(
         "--replicas", type=at_least_one, metavar="N", default=1, help="simulated machines behind a router"
     )
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse what can be refused before a model is loaded: a set that is not there, options that nothing would use."""
+    if args.requests is not None:
+        request_sets.check_source(args.requests)
+    if "hf" not in args.compare:
+        cli.refuse_unused(args, ["hf_batch_size"], "a size of --compare hf; add that or leave it out")
+    if args.simulate:
+        typed = [name for name in ("device", "dtype", "backend") if getattr(args, name) != "auto"]
+        why = "goes with a real model, and --simulate has none; leave one of them out"
+        cli.refuse_unused(args, [*typed, "model", "kv_memory", "dump_tokens"], why)
 
 
 def at_least_one(text: str) -> int:

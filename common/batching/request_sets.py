@@ -24,6 +24,7 @@ NAMES = ("handout", "lognormal", "mix", "uniform")
 HELP = "handout, lognormal, mix, uniform, a .jsonl file (prompt, output_tokens) or an Azure LLM trace (.csv)"
 MIX_REQUESTS = 256
 USED_VOCAB = 10_001  # ids 0 .. 10000, as in `mix`: in every vocabulary that the lab knows
+MAX_TOKENS = 10_000_000  # of a line of a trace: past any context, and still drawn in seconds
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
@@ -96,6 +97,12 @@ def poisson_arrivals(requests: Sequence[InputRequest], rate: float, *, seed: int
         request.arrival_time = time
 
 
+def check_source(source: str) -> None:
+    """UserError for a source that is neither a set nor a file: asked before a model is loaded for it."""
+    if source not in NAMES and not Path(source).is_file():
+        raise UserError(f"--requests {source}: neither a file nor one of {', '.join(NAMES)}")
+
+
 def load(
     source: str, *, count: int | None = None, vocab_size: int = USED_VOCAB, seed: int = 0, **shape: float
 ) -> list[InputRequest]:
@@ -117,8 +124,7 @@ def load(
             raise UserError(f"--requests mix has ids up to 10000, the vocabulary has {vocab_size}: take another set")
         return mix()[:count]
     path = Path(source)
-    if not path.is_file():
-        raise UserError(f"--requests {source}: neither a file nor one of {', '.join(NAMES)}")
+    check_source(source)
     if path.suffix == ".csv":
         requests = read_azure_csv(path, vocab_size=vocab_size, seed=seed, count=count)
     else:
@@ -139,7 +145,9 @@ def read_jsonl(path: Path, *, count: int | None = None) -> list[InputRequest]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error})") from None
+            raise UserError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)})") from None
+        except RecursionError:
+            raise UserError(f"{path}, line {number}: brackets too deep to read") from None
         prompt = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(prompt, str) or not prompt:
             raise UserError(f'{path}, line {number}: want an object with "prompt", a text that is not empty')
@@ -183,6 +191,8 @@ def read_azure_csv(
 def _num_tokens(name: str, text: str | None) -> int:
     if text is None or not text.strip().isdecimal() or int(text) < 1:
         raise ValueError(f"{name} must be a whole number from 1, not {text!r}")
+    if int(text) > MAX_TOKENS:
+        raise ValueError(f"{name} {text.strip()} is above {MAX_TOKENS:,}, which no context holds")
     return int(text)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,36 +54,34 @@ COLUMNS = (
 )
 
 
-def points(args: argparse.Namespace, setup: Setup) -> Iterator[tuple[str, int, int, int]]:
+def points(args: argparse.Namespace, setup: Setup) -> list[tuple[str, int, int, int]]:
     """(sweep, requests in flight, prompt tokens, output tokens) of each point, as far as context and pool allow."""
     engine, prompt, output = setup.engines[0], args.scale_prompt, args.scale_output
     pages, page_size = engine.num_free_pages, engine.page_size
     most = pages // pages_for(prompt + output - 1, page_size)
-    sizes = cli.clip_sweep(
-        args.batch_sizes, most, typed="batch_sizes" in setup.typed, what="requests that the pool of pages holds:"
-    )
+    typed, what = "batch_sizes" in setup.typed, "requests that the pool of pages holds:"
+    sizes = cli.clip_sweep(args.batch_sizes, most, typed=typed, what=what, option="--batch-sizes")
     context = min(engine.max_context, pages // args.scale_in_flight * page_size)
-    lengths = cli.clip_sweep(
-        args.kv_lens, context, typed="kv_lens" in setup.typed, what="tokens that context and pool of pages hold:"
-    )
+    typed, what = "kv_lens" in setup.typed, "tokens that context and pool of pages hold:"
+    lengths = cli.clip_sweep(args.kv_lens, context, typed=typed, what=what, option="--kv-lens")
     shortest = min(lengths)
     if shortest <= output:
         raise UserError(f"--kv-lens: {shortest} tokens hold no prompt beside {output} output tokens; give longer ones")
-    for size in sizes:
-        yield "in flight", size, prompt, output
-    for length in lengths:
-        yield "context", args.scale_in_flight, length - output, output
+    growing = [("in flight", size, prompt, output) for size in sizes]
+    return growing + [("context", args.scale_in_flight, length - output, output) for length in lengths]
 
 
 def measure(
     args: argparse.Namespace,
     setup: Setup,
+    wanted: Sequence[tuple[str, int, int, int]],
     make_policy: Callable[[int, int], Policy],
     file: results.ResultFile,
     iterations_csv: Path | None,
 ) -> None:
-    """Measure the points that `file` lacks. make_policy(token budget, requests at once); iterations_csv: the steps of
-    a measured run, which the simulation's overhead is fitted to (None: nothing is simulated beside it).
+    """Measure the points that are `wanted` and not in `file`. make_policy(token budget, requests at once);
+    iterations_csv: the steps of a measured run, which the simulation's overhead is fitted to (None: nothing is
+    simulated beside it).
     """
     model = setup.ceiling
     if iterations_csv is not None:
@@ -93,7 +91,7 @@ def measure(
             f"--scale: simulated beside it, with {step_us:,.0f} us a step and {request_us:.3g} us a request in it "
             "besides the roofline"
         )
-    for sweep, in_flight, prompt, output in points(args, setup):
+    for sweep, in_flight, prompt, output in wanted:
         keys = {"sweep": sweep, "in_flight": in_flight, "context": prompt + output}
         if file.has(**keys):
             continue

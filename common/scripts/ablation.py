@@ -171,13 +171,6 @@ def _check_memory(model: Llama) -> None:
         )
 
 
-def refuse_unused(args: Any) -> None:
-    """UserError for an option that was typed and has no meaning here."""
-    for name in UNUSED:
-        if getattr(args, name) not in (None, False, ()):
-            raise UserError(f"--{name.replace('_', '-')}: not used by --ablation; leave one of them out")
-
-
 # --- measuring -------------------------------------------------------------------------------------------------------
 @dataclass
 class _Batch:

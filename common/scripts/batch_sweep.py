@@ -65,8 +65,8 @@ def batches_that_fit(exp: Experiment, longest_prompt: int) -> list[int]:
         raise UserError(
             f"--input-length: one row's KV cache takes {human_bytes(row_bytes)}; {human_bytes(free)} are free"
         )
-    what = f"what {human_bytes(free)} of free memory hold:"
-    return cli.clip_sweep(exp.args.batch_sizes, limit, typed="batch_sizes" in exp.typed, what=what)
+    typed, what = "batch_sizes" in exp.typed, f"what {human_bytes(free)} of free memory hold:"
+    return cli.clip_sweep(exp.args.batch_sizes, limit, typed=typed, what=what, option="--batch-sizes")
 
 
 def check_rows_alone(exp: Experiment, generate: Generate, prompts: Prompts) -> str:

@@ -85,16 +85,18 @@ class Sweeps:
         self.exp, self.engine, self.args = exp, engine, exp.args
         self.ceilings = exp.ceilings
         self.peer = None
-        if "hf" in exp.args.compare:
-            from common.peers import HuggingFacePeer
-
-            self.peer = HuggingFacePeer(exp.model)
-        self.names = ("ours", "hf") if self.peer else ("ours",)
-        self.contexts = self._contexts()  # now: what was typed wrongly is refused before anything is measured
+        self.names = ("ours", "hf") if "hf" in exp.args.compare else ("ours",)
+        # Now: what was typed wrongly is refused before anything is measured.
+        self.decode_lengths, self.decode_batch = self._decode_sizes()
+        self.prompts, self.batch_sizes, self.contexts = self._prompts(), self._batch_sizes(), self._contexts()
 
     def measure(self) -> list[ResultFile]:
         """The files that have rows; a sweep that Ctrl-C ended is the last."""
         files = []
+        if "hf" in self.names:
+            from common.peers import HuggingFacePeer
+
+            self.peer = HuggingFacePeer(self.exp.model)
         for sweep in (self.decode, self.prefill, self.batch, self.context):
             if not self.args.interrupted:
                 files.append(sweep())
@@ -103,36 +105,20 @@ class Sweeps:
         return [file for file in files if file.rows]
 
     def decode(self) -> ResultFile:
-        args, prompt = self.args, self.args.input_length
-        if min(args.output_lengths) < 2:
-            raise UserError("--output-lengths: decoding begins at the second token; give lengths of at least 2")
-        room = self.exp.model.config.max_position_embeddings - prompt
-        what = f"what the context leaves after {prompt} prompt tokens:"
-        lengths = cli.clip_sweep(args.output_lengths, room, typed="output_lengths" in self.exp.typed, what=what)
-        batch = min(args.decode_batch, self._requests_that_fit(prompt + lengths[-1] - 1))
-        if batch < args.decode_batch:
-            print(f"decode sweep: a batch of {batch} instead of {args.decode_batch}: the pool holds no more")
-        with self._file("pipeline_decode") as file, cli.keep_partial(args):
-            self._rows(file, batch, prompt, lengths, _decode_figure)
+        with self._file("pipeline_decode") as file, cli.keep_partial(self.args):
+            self._rows(file, self.decode_batch, self.args.input_length, self.decode_lengths, _decode_figure)
         return file
 
     def prefill(self) -> ResultFile:
-        args, pool = self.args, self.engine.pool
-        limit = min(self.exp.model.config.max_position_embeddings - 1, pool.capacity * pool.page_size)
-        typed = "seq_lens" in self.exp.typed
-        lengths = cli.clip_sweep(args.seq_lens, limit, typed=typed, what="what context and pool hold:")
-        with self._file("pipeline_prefill") as file, cli.keep_partial(args):
-            for prompt in lengths:
+        with self._file("pipeline_prefill") as file, cli.keep_partial(self.args):
+            for prompt in self.prompts:
                 self._rows(file, 1, prompt, [1], _prefill_figure)
         return file
 
     def batch(self) -> ResultFile:
-        args, tokens = self.args, self.args.batch_tokens
-        limit = min(self._requests_that_fit(2 * tokens - 1), self.engine.steps.max_requests)
-        typed = "batch_sizes" in self.exp.typed
-        sizes = cli.clip_sweep(args.batch_sizes, limit, typed=typed, what="what the pool of pages holds:")
-        with self._file("pipeline_batch") as file, cli.keep_partial(args):
-            for size in sizes:
+        tokens = self.args.batch_tokens
+        with self._file("pipeline_batch") as file, cli.keep_partial(self.args):
+            for size in self.batch_sizes:
                 self._rows(file, size, tokens, [tokens], _batch_figure)
         return file
 
@@ -143,14 +129,45 @@ class Sweeps:
                 self._rows(file, 1, length - tokens, [tokens], _decode_figure)
         return file
 
+    # --- sizes -------------------------------------------------------------------------------------------------------
+    def _decode_sizes(self) -> tuple[list[int], int]:
+        """Output lengths and the batch that is decoded."""
+        args, prompt = self.args, self.args.input_length
+        if min(args.output_lengths) < 2:
+            raise UserError("--output-lengths: decoding begins at the second token; give lengths of at least 2")
+        context = self.exp.model.config.max_position_embeddings
+        room = context - prompt
+        if room < 2:
+            raise UserError(f"--input-length: {prompt} leaves no room for 2 output tokens in the context of {context}")
+        what = f"what the context leaves after {prompt} prompt tokens:"
+        lengths = self._clip("output_lengths", room, what)
+        batch = min(args.decode_batch, self._requests_that_fit(prompt + lengths[-1] - 1))
+        if batch < args.decode_batch:
+            print(f"decode sweep: a batch of {batch} instead of {args.decode_batch}: the pool holds no more")
+        return lengths, batch
+
+    def _prompts(self) -> list[int]:
+        pool = self.engine.pool
+        limit = min(self.exp.model.config.max_position_embeddings - 1, pool.capacity * pool.page_size)
+        return self._clip("seq_lens", limit, "what context and pool hold:")
+
+    def _batch_sizes(self) -> list[int]:
+        tokens = self.args.batch_tokens
+        limit = min(self._requests_that_fit(2 * tokens - 1), self.engine.steps.max_requests)
+        return self._clip("batch_sizes", limit, "what the pool of pages holds:")
+
     def _contexts(self) -> list[int]:
-        args, pool, tokens = self.args, self.engine.pool, self.args.context_tokens
+        pool, tokens = self.engine.pool, self.args.context_tokens
         limit = min(self.exp.model.config.max_position_embeddings, pool.capacity * pool.page_size)
-        typed = "kv_lens" in self.exp.typed
-        lengths = cli.clip_sweep(args.kv_lens, limit, typed=typed, what="what context and pool hold:")
+        lengths = self._clip("kv_lens", limit, "what context and pool hold:")
         if min(lengths) <= tokens:
             raise UserError(f"--kv-lens: {min(lengths)} leaves no prompt before the {tokens} tokens that are decoded")
         return lengths
+
+    def _clip(self, name: str, limit: int, what: str) -> list[int]:
+        option = f"--{name.replace('_', '-')}"
+        typed = name in self.exp.typed
+        return cli.clip_sweep(getattr(self.args, name), limit, typed=typed, what=what, option=option)
 
     def _requests_that_fit(self, tokens: int) -> int:
         return max(self.engine.pool.capacity // pages_for(tokens, self.engine.pool.page_size), 1)

@@ -288,12 +288,29 @@ def test_requests_that_never_fit_are_named_and_the_others_served(tmp_path):
         (["--trace", "t.json"], "--trace"),
         (["--trace", "absent/t.json"], "--trace"),
         (["--scale", "--replicas", "2"], "--scale"),
-        (["--scale", "--kv-lens", "64,9000"], "9000"),
+        (["--scale", "--kv-lens", "64,9000"], "--kv-lens: 9000 is above"),
+        (["--scale", "--kv-lens", "4"], "--kv-lens: 4 tokens hold no prompt"),
+        (["--scale", "--batch-sizes", "2^30"], "--batch-sizes: 2^30 is above"),
+        (["--kv-lens", "64"], "--kv-lens: a size of --scale"),
+        (["--batch-sizes", "4"], "--batch-sizes: a size of --scale"),
+        (["--hf-batch-size", "4"], "--hf-batch-size: a size of --compare hf"),
+        (["--requests", ""], "--requests: is empty"),
+        (["--simulate", ""], "--simulate: is empty"),
+        (["--dump-tokens", ""], "--dump-tokens: is empty"),
+        (["--dump-tokens", "t.jsonl"], "--dump-tokens: goes with a real model"),
+        (["--model", "random:tiny"], "--model: goes with a real model"),
+        (["--dtype", "float32"], "--dtype: goes with a real model"),
     ],
 )
 def test_bad_options_are_one_line(options, named, tmp_path):
     error = simulate("chunked", tmp_path, *options, code=2).stderr
     assert named in error and len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()  # refused before anything was served
+
+
+def test_a_set_that_is_not_there_is_refused_before_a_model_is_loaded(tmp_path):
+    done = run("continous", "--model", "absent", "--requests", "a.jsonl", "--out", "out", cwd=tmp_path, code=2)
+    assert "--requests a.jsonl: neither a file nor one of handout" in done.stderr and not done.stdout
 
 
 def test_replicas_need_the_simulator(tmp_path):

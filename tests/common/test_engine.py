@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from common.engine import Engine
 from common.equality import require_equal
 from common.errors import UserError
 from common.kernels import runtime
+from common.kv_cache import DistKVPool
+from common.memory import MemoryUse
 from common.pages import OutOfPages, pages_for
 from common.peers import HuggingFacePeer
 from common.sampling import SamplingParams
@@ -248,6 +251,25 @@ def test_page_sizes_outside_the_range(tiny, page_size):
 def test_a_pool_larger_than_memory_is_refused_with_its_size(tiny):
     with pytest.raises(UserError, match=r"--kv-pages: 1000000000 pages of 16 tokens take .* TB; .* are free"):
         Engine(tiny[0], num_pages=10**9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_major", [False, True])
+def test_a_large_pool_on_a_cpu_is_zero_and_takes_no_memory_before_it_is_used(dtype, head_major):
+    before = MemoryUse(torch.device("cpu"))
+    pool = DistKVPool(4, 2, 64, 8000, 16, dtype, "cpu", head_major=head_major)
+    assert pool.num_bytes == 4 * 8000 * 2 * 16 * 2 * 64 * dtype.itemsize > 250e6
+    if sys.platform == "linux":
+        assert before.num_bytes < 20e6
+    for layer in pool.layers:
+        assert layer.shape == (8001, 2, 16, 2, 64) and layer.dtype == dtype and layer.data_ptr() % 64 == 0
+        assert layer.is_contiguous() != head_major
+        assert not layer[::500].any() and not layer[-1].any()
+
+
+def test_a_share_of_memory_that_holds_no_page_is_refused_by_its_own_name(tiny):
+    with pytest.raises(UserError, match="^--kv-memory: of .* that are free this holds no page, .* for 16 tokens"):
+        Engine(tiny[0], kv_memory=1e-12)
 
 
 @pytest.mark.parametrize("name, reason", [("vllm", "unknown"), ("flashinfer", "flashinfer")])

@@ -210,6 +210,11 @@ def test_what_does_not_change_figures_may_differ():
     new |= {"options": options | {"batch_sizes": [1, 2, 4], "out": "b", "resume": True, "debug": True}}
     new |= {"sizes": {"lengths": [4], "input_length": 8}}
     assert results.differing_fields(old, new) == []
+    pool = [
+        {"kv_pages": pages, "options": {"kv_pages": typed}} for pages, typed in ((8105, None), (8110, None), (9, 9))
+    ]
+    assert results.differing_fields(pool[0], pool[1]) == []  # memory that was free at the time
+    assert results.differing_fields(pool[0], pool[2]) == ["--kv-pages: null, now 9"]
     assert results.differing_fields(old, new | {"sizes": {"input_length": 9}}) == ["sizes.input_length: 8, now 9"]
     prompted = new | {"options": options | {"prompt": "hi"}}
     assert results.differing_fields(old, prompted) == ['--prompt: null, now "hi"']

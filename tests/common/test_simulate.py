@@ -189,6 +189,12 @@ def check(path, *options):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+def test_a_machine_that_cannot_be_saved_is_refused_at_once(tmp_path):
+    done = check(tmp_path / "absent.csv", "--save", str(tmp_path / "absent" / "machine.json"))
+    assert done.returncode == 2 and not done.stdout
+    assert "--save" in done.stderr and "cannot write into" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_check_accepts_a_run_like_the_model(tmp_path):
     """Another overhead, which is what may be fitted, a little less bandwidth, and noise."""
     h200 = simulate.MACHINES["h200"]

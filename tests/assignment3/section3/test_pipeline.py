@@ -335,6 +335,12 @@ def test_prompts_from_a_file_streamed_from_a_pool_that_one_does_not_fit(tmp_path
     assert not (tmp_path / "out").exists()  # nothing is measured
 
 
+def test_one_streamed_answer_ends_its_line(tmp_path):
+    options = ("--preset", "quick", "--prompt", "hello", "--stream", "--max-new-tokens", 6, "--ignore-eos")
+    done = run_script(*options, cwd=tmp_path)
+    assert re.search(r"^\[6 tokens, ended by length", done.stdout, re.MULTILINE), done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     "options, code, message",
     [
@@ -343,7 +349,18 @@ def test_prompts_from_a_file_streamed_from_a_pool_that_one_does_not_fit(tmp_path
         (["--kv-pages", "0"], 2, "'0' is not a whole number of 1 or more"),
         (["--kv-memory", "1.5"], 2, "'1.5' is not a share of 0 to 1"),
         (["--kv-lens", "4", "--no-plot"], 2, "--kv-lens: 4 leaves no prompt before the 4 tokens that are decoded"),
-        (["--kv-lens", "4096", "--no-plot"], 2, "2^12 is above what context and pool hold: 2048"),
+        (["--kv-lens", "4096", "--no-plot"], 2, "--kv-lens: 2^12 is above what context and pool hold: 2048"),
+        (["--batch-sizes", "10000"], 2, "--batch-sizes: 10000 is above what the pool of pages holds"),
+        (["--seq-lens", "32,9000"], 2, "--seq-lens: 9000 is above what context and pool hold"),
+        (
+            ["--input-length", "9000"],
+            2,
+            "--input-length: 9000 leaves no room for 2 output tokens",
+        ),
+        (["--output-lengths", "1"], 2, "--output-lengths: decoding begins at the second token"),
+        (["--no-sweep", "--compare", "hf"], 2, "--compare: belongs to the sweeps, which --no-sweep leaves out"),
+        (["--prompt", "hi", "--kv-lens", "64"], 2, "--kv-lens: belongs to the sweeps, which a typed prompt leaves out"),
+        (["--no-sweep", "--max-new-tokens", "9000"], 2, "no prompt can be served"),
     ],
 )
 def test_mistakes_are_one_line(options, code, message, tmp_path):
@@ -353,3 +370,4 @@ def test_mistakes_are_one_line(options, code, message, tmp_path):
         pytest.skip("flashinfer is installed here")
     done = run_script("--preset", "quick", *options, "--out", tmp_path, cwd=tmp_path)
     assert done.returncode == code and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.glob("*"))  # nothing was measured

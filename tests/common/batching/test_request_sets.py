@@ -105,6 +105,7 @@ def test_jsonl(tmp_path):
     "line, message",
     [
         ("{", "not JSON"),
+        ("[" * 100_000, "brackets too deep to read"),
         ("[1]", "prompt"),
         ('{"prompt": 3}', "prompt"),
         ('{"prompt": ""}', "prompt"),
@@ -152,6 +153,7 @@ def test_azure_trace_of_2024_has_a_zone_and_sometimes_no_fraction(tmp_path):
         ("2023-11-16 18:15:46,4", "GeneratedTokens must be a whole number from 1, not None"),
         ("yesterday,4,4", "TIMESTAMP must be like 2023-11-16 18:15:46.68, not 'yesterday'"),
         ("2023-11-16 18:15:46,a,4", "ContextTokens must be a whole number from 1, not 'a'"),
+        ("2023-11-16 18:15:46,999999999999,4", "ContextTokens 999999999999 is above 10,000,000"),
         ("2023-11-16 18:15:40,4,4", "earlier than the first row"),
     ],
 )

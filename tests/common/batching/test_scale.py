@@ -35,7 +35,7 @@ def make_args(**more):
 def measure(args, setup, tmp_path, iterations_csv):
     file = results.ResultFile(tmp_path, "scale", scale.COLUMNS, {}, key=scale.KEY)
     policy = lambda budget, at_once: scheduler(CHUNKED, budget, at_once)  # noqa: E731
-    scale.measure(args, setup, policy, file, iterations_csv)
+    scale.measure(args, setup, scale.points(args, setup), policy, file, iterations_csv)
     file.close()
     return file.rows
 
