@@ -103,6 +103,7 @@ def read_requests(
     preset allows (`shapes`: preset -> arguments of request_sets.load).
 
     A text past the context is refused here, a length in a trace only by the scheduler: no trace is made for one model.
+    So is `--load` for requests that have arrival times.
     """
     config = setup.config
     shape = {} if args.requests else dict(shapes[args.preset])
@@ -121,6 +122,8 @@ def read_requests(
                 )
     if args.rate:
         request_sets.poisson_arrivals(requests, args.rate, seed=args.seed)
+    if args.load and any(r.arrival_time for r in requests):
+        raise UserError(f"--load {args.load}: these requests arrive at times of their own; leave --rate out, or --load")
     prompt_tokens = sum(len(r.prompt_token_ids) for r in requests)
     output_tokens = sum(r.output_len for r in requests)
     arrivals = f"over {max(r.arrival_time for r in requests):.3g} s" if requests[-1].arrival_time else "at once"
@@ -198,10 +201,8 @@ def serve_all(
 
 def at_load(policy: Policy, rows: Sequence[Mapping], given: Sequence[InputRequest], args: argparse.Namespace):
     """(the policy under another label, its requests) for `--load`: arriving as a Poisson process at that share of the
-    throughput that the summary `rows` have for the policy. Raises UserError where the requests have arrival times.
+    throughput that the summary `rows` have for the policy.
     """
-    if any(r.arrival_time for r in given):
-        raise UserError(f"--load {args.load}: these requests arrive at times of their own; leave --rate out, or --load")
     row = next(r for r in rows if (r["policy"], r["token_budget"]) == (policy.name, policy.token_budget))
     timed = [replace(r) for r in given]
     request_sets.poisson_arrivals(timed, args.load * row["requests"] / row["time"], seed=args.seed)
