@@ -350,7 +350,7 @@ if __name__ == "__main__":
     parser.add_argument("--page-size", type=count, default=16, metavar="N", help="tokens a KV page (default: 16)")
     parser.add_argument("--kv-pages", type=count, metavar="N", help="KV pages (default: --kv-memory)")
     parser.add_argument(
-        "--kv-memory", type=share, metavar="SHARE", help="share of the free memory for KV pages (0.96 on a GPU)"
+        "--kv-memory", type=share, metavar="SHARE", help="share of the free memory for KV pages (0.96, 0.25 on a CPU)"
     )
     parser.add_argument("--backend", default="auto", help="attention: auto, torch, triton or flashinfer")
     parser.add_argument("--ablation", action="store_true", help="measure what each technique buys, one more a bar")

@@ -176,6 +176,8 @@ def draw_timeline(ax, holds, policies):
 
     from common.plots import COLOURS
 
+    replicas = 1 + max(h["replica"] for h in holds)
+    of_first = f" (the first of {replicas} replicas)" if replicas > 1 else ""
     holds = [h for h in holds if h["replica"] == 0]
     policies = [policy for policy in policies if any(h["policy"] == policy for h in holds)]  # a peer shows no slots
     slots = 1 + max(h["slot"] for h in holds)
@@ -193,7 +195,9 @@ def draw_timeline(ax, holds, policies):
     middles = [band * (slots + 1.5) + slots / 2 for band in range(len(policies))]
     ax.set_yticks(middles, [policy.replace(", ", ",\n") for policy in policies])
     ax.invert_yaxis()
-    ax.set(xlabel="seconds", xlim=(0, until), title=f"who holds which of the {slots} slots: a colour a request")
+    ax.set(
+        xlabel="seconds", xlim=(0, until), title=f"who holds which of the {slots} slots{of_first}: a colour a request"
+    )
     if {NAIVE, DROPPED} & set(policies):
         # Below, beside the axis' name: of the slots none may be covered.
         idle = Patch(**IDLE, label="ended, but the slot is kept")

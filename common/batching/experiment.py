@@ -46,8 +46,10 @@ def add_options(parser: argparse.ArgumentParser, default_set: str) -> None:
     parser.add_argument(
         "--page-size", type=at_least_one, metavar="N", default=16, help="tokens a KV page (default: 16)"
     )
-    parser.add_argument("--kv-pages", type=at_least_one, metavar="N", help="KV pages (default: what memory allows)")
-    parser.add_argument("--kv-memory", type=share, metavar="F", help="or KV pages for this share of what is free")
+    parser.add_argument("--kv-pages", type=at_least_one, metavar="N", help="KV pages (default: --kv-memory)")
+    parser.add_argument(
+        "--kv-memory", type=share, metavar="F", help="share of the free memory for KV pages (0.96, 0.25 on a CPU)"
+    )
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="attention over pages (default: auto)")
     parser.add_argument(
         "--simulate",

@@ -205,6 +205,7 @@ def draw(csv_path: Path) -> Path:
         plots.log2_axis(ax, xs)
         plots.log_axis(ax) if sweep == "in flight" else ax.set_ylim(0, None)
         beside = "" if sweep == "in flight" else f", {mine[0]['in_flight']} in flight"
-        ax.set(xlabel=x.replace("_", " ").replace("in flight", "requests in flight"), title=f"{panel_title}{beside}")
+        xlabel = "requests in flight" if x == "in_flight" else "tokens of context"
+        ax.set(xlabel=xlabel, title=f"{panel_title}{beside}")
         ax.set(ylabel="prompt tokens/s" if names == ("prefill_tokens_per_s",) else "output tokens/s")
     return plots.save(fig, csv_path.with_suffix(".png"), plots.footer(csv_path))
