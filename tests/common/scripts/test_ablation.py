@@ -196,10 +196,10 @@ def test_ctrl_c_keeps_what_was_timed_and_resume_measures_the_rest(lively, tmp_pa
 def test_options_without_a_meaning_are_refused(name):
     args = Namespace(**dict.fromkeys(ablation.UNUSED), ablation=True)
     args.compare = ()
-    ablation.refuse_unused(args)
+    cli.refuse_unused(args, ablation.UNUSED, "not used by --ablation; leave one of them out")
     setattr(args, name, ("hf",) if name == "compare" else True)
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')}: not used by --ablation"):
-        ablation.refuse_unused(args)
+        cli.refuse_unused(args, ablation.UNUSED, "not used by --ablation; leave one of them out")
 
 
 def run_script(*options):
