@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from common import cli, results, simulate
+from common import cli, distributed, results, simulate
 from common.batching import data_parallel, request_sets
 from common.batching.files import Files, Policy, Run
 from common.batching.metrics import summarise
@@ -68,7 +68,7 @@ def check_options(args: argparse.Namespace) -> None:
         request_sets.check_source(args.requests)
     if "hf" not in args.compare:
         cli.refuse_unused(args, ["hf_batch_size"], "a size of --compare hf; add that or leave it out")
-    if args.simulate:
+    if args.simulate and not distributed.is_rank():  # ranks are told that there is no simulation for them
         typed = [name for name in ("device", "dtype", "backend") if getattr(args, name) != "auto"]
         why = "goes with a real model, and --simulate has none; leave one of them out"
         cli.refuse_unused(args, [*typed, "model", "kv_memory", "dump_tokens"], why)
