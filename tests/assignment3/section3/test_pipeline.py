@@ -278,7 +278,7 @@ def test_the_whole_script(tmp_path):
     out = tmp_path / "out"
     done = run_script("--preset", "quick", "--compare", "hf", "--out", out, "--dump-tokens", dump, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    ready = re.search(r"ready in ([0-9.]+) s: imports [0-9.]+ s, ", done.stdout)
+    ready = re.search(r"ready in ([0-9.]+) s: imports [0-9.]+ s", done.stdout)  # other parts only from 0.05 s on
     first = re.search(r"first token ([0-9.]+) s after the command$", done.stdout, re.MULTILINE)
     assert 0 < float(ready[1]) <= float(first[1]) < 120
     assert "0 at the end" in done.stdout and "requests together against each alone: the same tokens" in done.stdout
