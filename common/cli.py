@@ -279,11 +279,8 @@ def typed_prompts(args: argparse.Namespace) -> list[str] | None:
         if args.raw:
             raise UserError("--raw: goes with --prompt or --prompts only; a measurement uses no chat template")
         return None
-    for name in ("resume", "compare", "padded", "separate"):
-        if getattr(args, name, None):
-            raise UserError(
-                f"--{name}: belongs to a measurement, and --prompt answers without one; leave one of them out"
-            )
+    measuring = [name for name in ("resume", "compare", "padded", "separate") if hasattr(args, name)]
+    refuse_unused(args, measuring, "belongs to a measurement, and --prompt answers without one; leave one of them out")
     return [args.prompt] if args.prompt is not None else read_prompts(args.prompts)
 
 

@@ -17,6 +17,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def file_and_reason(error: OSError) -> str:
+    """What the system says of a file, in one line."""
+    return f"{error.filename or 'writing'}: {error.strerror}"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether host or device had no memory left. torch is not imported for this: its class is known by name, its CPU
     allocator by its message.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from common.errors import CheckFailed, UserError, is_out_of_memory
+from common.errors import CheckFailed, UserError, file_and_reason, is_out_of_memory
 
 EXIT_CHECK_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
 
@@ -88,7 +88,7 @@ def _explain(error: Exception) -> tuple[int, str]:
             f"error: out of memory{': ' if first else ''}{first}; try smaller sizes or --preset quick",
         )
     if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRNOS:
-        return EXIT_USER_ERROR, f"error: {error.filename or 'writing'}: {error.strerror}"
+        return EXIT_USER_ERROR, f"error: {file_and_reason(error)}"
     text = str(error).strip().split("\n")[0]
     return EXIT_CHECK_FAILED, f"internal error: {type(error).__name__}: {text}; --debug shows the traceback"
 

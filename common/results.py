@@ -34,8 +34,8 @@ SUSPECT = "suspect"  # the optional column of points that stayed above 105 % of 
 _NEUTRAL_OPTIONS = {"out", "resume", "no_plot", "debug", "compare", "dump_tokens", "interrupted", "preset"}
 # Fields that are recorded but may differ between two runs whose rows still belong in one file. kv_pages: what the free
 # memory of the moment gave; where it was typed, the option has to agree.
-_MAY_DIFFER = {"command", "utc_time", "git_commit", "clocks", "power_limit_w", "ceilings", "python", "options"} | {
-    "kv_pages"
+_MAY_DIFFER = {
+    *("command", "utc_time", "git_commit", "clocks", "power_limit_w", "ceilings", "python", "options", "kv_pages"),
 }
 _HISTORY, _AT_CLOSE = "earlier_runs", "added_at_close"
 

@@ -12,7 +12,7 @@ import csv
 import sys
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, file_and_reason
 
 COLUMNS = ["student", "lab", "outcome", "earned", "possible", "lesson", "detail"]
 
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {file_and_reason(error)}", file=sys.stderr)
         return 2
     try:
         with file:

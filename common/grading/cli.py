@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, file_and_reason
 
 
 def parser(lab_name: str) -> argparse.ArgumentParser:
@@ -129,7 +129,7 @@ def main(lab_name: str, argv: list[str] | None = None, after: str = "") -> None:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except OSError as error:  # a folder or a file that may not be read or written
-        print(f"error: {error.filename or 'system'}: {error.strerror}", file=sys.stderr)
+        print(f"error: {file_and_reason(error)}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130

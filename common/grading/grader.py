@@ -120,7 +120,7 @@ def _run_all(
     on_gpu = "gpu" in built.programs
     first = run.run_cases([program["checked"]], cases, run.FIRST, work, gpu=on_gpu)
     # A case that crashes once has told enough; a large one runs once.
-    repeated = [i for i, r in enumerate(first) if r.ran and not (cases[i].heavy or cases[i].gpu_only)]
+    repeated = [i for i, r in enumerate(first) if r.ran and not cases[i].is_large]
     jobs = {
         s: pool.submit(run.run_cases, [program[s.variant]], cases, s, work, repeated, gpu=on_gpu) for s in schedules[1:]
     }

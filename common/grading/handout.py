@@ -9,7 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, file_and_reason
 from common.grading.lab import LABS, ROOT, get
 
 FOLDER = "transformers-lab"
@@ -51,7 +51,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {file_and_reason(error)}", file=sys.stderr)
         return 2
     print(f"wrote {args.out}: {count} files, in the folder {FOLDER}/")
     return 0

@@ -58,6 +58,11 @@ class Case:
     layout: str = "contiguous"
 
     @property
+    def is_large(self) -> bool:
+        """Whether it runs once only, and has longer to end."""
+        return self.heavy or self.gpu_only
+
+    @property
     def name(self) -> str:
         parts = [f"{key}={value}" for key, value in self.sizes.items()]
         parts += [self.values] if self.values != "normal" else []

@@ -176,7 +176,7 @@ def run_cases(
 
 def limit_s(case: Case, gpu: bool) -> int:
     usual, heavy = (GPU_LIMIT_S, GPU_HEAVY_LIMIT_S) if gpu else (CASE_LIMIT_S, HEAVY_LIMIT_S)
-    return heavy if case.heavy or case.gpu_only else usual
+    return heavy if case.is_large else usual
 
 
 def job_lines(cases: Sequence[Case], chosen: Sequence[int], gpu: bool) -> str:
