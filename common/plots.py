@@ -22,7 +22,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, Formatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, Formatter, LogLocator, NullLocator, ScalarFormatter
 
 from common.results import read_json, write_atomic
 
@@ -75,6 +75,9 @@ def new_figure(title: str, *, panels: int = 1, **kw: Any) -> tuple[Figure, Any]:
     axes = list(fig.subplots(rows, columns, squeeze=False, **kw).flat)
     for spare in axes[panels:]:
         spare.remove()
+    for ax in axes[:panels]:
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter(Thousands())
     return fig, axes[0] if panels == 1 else axes[:panels]
 
 
@@ -140,6 +143,17 @@ def number(value: float, digits: int = 4) -> str:
     """A value in a picture: 0.01235, 12.35, 1,235, 12,346; never 1.235e+04."""
     text = f"{value:.{digits}g}"
     return text if abs(float(text)) < 1000 else f"{value:,.0f}"
+
+
+class Thousands(ScalarFormatter):
+    """matplotlib's labels of a linear axis, but 20,000 with its comma and written out, however large."""
+
+    def __init__(self) -> None:
+        super().__init__(useOffset=False)
+        self.set_scientific(False)
+
+    def __call__(self, value: float, pos: int | None = None) -> str:
+        return f"{value:,.0f}" if abs(value) >= 1000 and value == round(value) else super().__call__(value, pos)
 
 
 class FittingLabels(Formatter):

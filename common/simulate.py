@@ -39,6 +39,7 @@ ELEMENT_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 KV_MEMORY_SHARE = 0.95
 STEP_LIMIT, TOTAL_LIMIT = 0.15, 0.10  # what the simulator is held to: a step's median error, the total time's
 WORK_COLUMNS = ("prefill_tokens", "decode_tokens", "sampled_tokens", "context_tokens", "attended_pairs")
+FIT_ROUNDS, SMALLEST_DEVIATION = 30, 1e-4  # of fit_overhead: beyond these nothing changes
 
 
 @dataclass(frozen=True)
@@ -257,21 +258,27 @@ def read_measured(path: Path) -> list[Measured]:
 def fit_overhead(model: StepModel, measured: Sequence[Measured]) -> StepModel:
     """The same model with the overheads, a step's and a request's, that fit best; neither is negative.
 
-    Least squares, each step in parts of what it would take without them: short and long steps count alike, and a step
-    that took long because the machine was busy elsewhere pulls as far up as its neighbours down.
+    Least absolute deviations, each step in parts of what it would take without them: short and long steps count alike,
+    and a few that the host delayed, and the ones after them that look shorter for it, hardly pull at the rest, as
+    squares would let them. By least squares whose weights follow the deviations (iteratively reweighted least squares).
     """
     without = replace(model, machine=replace(model.machine, overhead_s=0.0, request_overhead_s=0.0))
     expected = np.array([without.time_s(it.work) for it in measured])
     missing = np.array([it.time_s for it in measured]) / expected - 1
     columns = np.array([[1, it.work.sampled_tokens] for it in measured]) / expected[:, None]
 
+    def deviations(found: np.ndarray) -> np.ndarray:
+        return abs(columns @ found - missing)
+
     def fitted(mask: Sequence[int]) -> np.ndarray:
-        found = np.zeros(2)
-        found[mask] = np.linalg.lstsq(columns[:, mask], missing, rcond=None)[0]
+        found, weights = np.zeros(2), np.ones(len(missing))
+        for _ in range(FIT_ROUNDS):
+            found[mask] = np.linalg.lstsq(columns[:, mask] * weights[:, None], missing * weights, rcond=None)[0]
+            weights = np.maximum(deviations(found), SMALLEST_DEVIATION) ** -0.5
         return found
 
     candidates = [fitted([0, 1]), fitted([0]), fitted([1]), np.zeros(2)]
-    best = min((c for c in candidates if (c >= 0).all()), key=lambda c: ((columns @ c - missing) ** 2).sum())
+    best = min((c for c in candidates if (c >= 0).all()), key=lambda c: deviations(c).sum())
     overhead_s, request_overhead_s = map(float, best)
     return replace(model, machine=replace(model.machine, overhead_s=overhead_s, request_overhead_s=request_overhead_s))
 

@@ -45,44 +45,50 @@ __device__ void load_w(const CUtensorMap *map, uint32_t to, uint32_t barrier, in
     }
 }
 
-template <class S>
-__device__ void produce(const CUtensorMap *x_map, const CUtensorMap *w_map, const Arguments &a, uint32_t buffers,
-                        uint32_t full, uint32_t empty) {
-    constexpr int OUTPUTS = S::SILU ? S::COLUMNS / 2 : S::COLUMNS;
-    const Place place(a, OUTPUTS);
-    const uint16_t mask = uint16_t(((1 << a.sharers) - 1) << (place.part * a.sharers));
-    const int bytes = a.sharers * a.x_box_rows * ROW_BYTES + S::W_BYTES;
-    const int x_row = place.sharer * a.x_box_rows;
-    auto buffer = [&](int stage) { return buffers + stage * (S::X_BYTES + S::W_BYTES); };
-    auto load_x = [&](int stage, int k) {
-        load_box_for(x_map, buffer(stage) + x_row * ROW_BYTES, full + 8 * stage, k * BLOCK_K, x_row, mask);
-    };
-    Ring ring{S::STAGES};
-    bool waited = false;
-    for (int group = place.first_group; group < place.groups; group += place.num_clusters) {
-        const int tile = group * a.sharers + place.sharer;
-        int k = place.first_k;
-        if (!waited) {
-            // Weights depend on no earlier kernel: the first of them are asked for before the wait for it. Not as many as
-            // have room: x would then come after all of them, and nothing be on its way when the products begin.
-            const int ahead = min((S::STAGES + 1) / 2, place.last_k - place.first_k);
-            for (int i = 0; i < ahead; ++i) {
-                arrive_expecting(full + 8 * i, bytes);
-                load_w<S>(w_map, buffer(i) + S::X_BYTES, full + 8 * i, (k + i) * BLOCK_K, tile, a.outputs);
-            }
-            wait_for_earlier_kernels();
-            for (int i = 0; i < ahead; ++i) load_x(i, k + i), ring.advance();
-            k += ahead;
-            waited = true;
-        }
-        for (; k < place.last_k; ++k, ring.advance()) {
-            wait_for(empty + 8 * ring.stage, ring.parity ^ 1);
-            arrive_expecting(full + 8 * ring.stage, bytes);
-            load_w<S>(w_map, buffer(ring.stage) + S::X_BYTES, full + 8 * ring.stage, k * BLOCK_K, tile, a.outputs);
-            load_x(ring.stage, k);
-        }
+// The thread that asks for tiles. A stage's barrier waits for rows of W and for the x of all who share it.
+template <class S> struct Producer {
+    const CUtensorMap *x_map, *w_map;
+    const Arguments &a;
+    const Place &place;
+    uint32_t buffers, full, empty;
+
+    // Blocks of K whose weights are asked for before anything else. Not as many as have room: x would then come after all
+    // of them, and nothing be on its way when the products begin.
+    __device__ int ahead() const { return min((S::STAGES + 1) / 2, place.last_k - place.first_k); }
+
+    __device__ uint32_t buffer(int stage) const { return buffers + stage * (S::X_BYTES + S::W_BYTES); }
+
+    __device__ void ask_for_w(int stage, int group, int k) const {
+        arrive_expecting(full + 8 * stage, a.sharers * a.x_box_rows * ROW_BYTES + S::W_BYTES);
+        load_w<S>(w_map, buffer(stage) + S::X_BYTES, full + 8 * stage, k * BLOCK_K, group * a.sharers + place.sharer,
+                  a.outputs);
     }
-}
+
+    __device__ void ask_for_x(int stage, int k) const {
+        const uint16_t mask = uint16_t(((1 << a.sharers) - 1) << (place.part * a.sharers));
+        const int row = place.sharer * a.x_box_rows;
+        load_box_for(x_map, buffer(stage) + row * ROW_BYTES, full + 8 * stage, k * BLOCK_K, row, mask);
+    }
+
+    // The first weights: they depend on no earlier kernel, and no other block takes part in them.
+    __device__ void begin() const {
+        prefetch_map(x_map);
+        for (int i = 0; i < ahead(); ++i) ask_for_w(i, place.first_group, place.first_k + i);
+    }
+
+    __device__ void run() const {
+        Ring ring{S::STAGES};
+        wait_for_earlier_kernels();
+        int k = place.first_k;
+        for (const int first = k + ahead(); k < first; ++k, ring.advance()) ask_for_x(ring.stage, k);
+        for (int group = place.first_group; group < place.groups; group += place.num_clusters, k = place.first_k)
+            for (; k < place.last_k; ++k, ring.advance()) {
+                wait_for(empty + 8 * ring.stage, ring.parity ^ 1);
+                ask_for_w(ring.stage, group, k);
+                ask_for_x(ring.stage, k);
+            }
+    }
+};
 
 // Multiplies one tile's blocks of K; buffers are given back one block late, when their products are known to be done.
 template <class S>
@@ -123,22 +129,25 @@ __global__ void __launch_bounds__(S::THREADS, 1)
     const uint32_t buffers = shared_address(aligned);
     const uint32_t full = buffers + S::STAGES * (S::X_BYTES + S::W_BYTES), empty = full + 8 * S::STAGES;
     let_dependents_start();
-    if (threadIdx.x == 0) {
+    constexpr int OUTPUTS = S::SILU ? S::COLUMNS / 2 : S::COLUMNS, PRODUCER = 128 * S::CONSUMERS;
+    const Place place(a, OUTPUTS);
+    const Producer<S> producer{&x_map, &w_map, a, place, buffers, full, empty};
+    if (threadIdx.x == PRODUCER) {
         for (int i = 0; i < S::STAGES; ++i) {
             init_barrier(full + 8 * i, 1);
             init_barrier(empty + 8 * i, a.sharers * S::CONSUMERS);
         }
         show_barriers_to_cluster();
+        producer.begin();
     }
+    __syncwarp();
     meet_cluster();  // no block may write to another whose barriers are not yet there
 
-    if (threadIdx.x >= 128 * S::CONSUMERS) {
-        if (threadIdx.x == 128 * S::CONSUMERS) produce<S>(&x_map, &w_map, a, buffers, full, empty);
+    if (threadIdx.x >= PRODUCER) {
+        if (threadIdx.x == PRODUCER) producer.run();
         __syncwarp();
         if (a.parts > 1) sync_cluster();
     } else {
-        constexpr int OUTPUTS = S::SILU ? S::COLUMNS / 2 : S::COLUMNS;
-        const Place place(a, OUTPUTS);
         wait_for_earlier_kernels();  // the residual is another kernel's, and so may `out` be
         Ring ring{S::STAGES};
         float sums[S::MI][S::NW / 2];
@@ -265,14 +274,17 @@ extern "C" int tlab_hopper_gemm(const void *x, int64_t x_stride, const void *w, 
     TRY(64, 1, 2, 1, 48, false)
     TRY(64, 1, 2, 1, 32, false)
     TRY(128, 2, 1, 1, 224, true)
+    TRY(128, 2, 1, 1, 144, false)
     TRY(128, 2, 1, 1, 128, false)
     TRY(128, 2, 1, 1, 112, false)
     TRY(128, 2, 1, 1, 96, false)
     TRY(192, 3, 1, 1, 112, true)
+    TRY(192, 3, 1, 1, 144, false)
     TRY(192, 3, 1, 1, 128, false)
     TRY(192, 3, 1, 1, 112, false)
     TRY(192, 3, 1, 1, 96, false)
     TRY(256, 2, 1, 2, 112, true)
+    TRY(256, 2, 1, 2, 128, false)
     TRY(256, 2, 1, 2, 112, false)
     TRY(256, 2, 1, 2, 96, false)
 #undef TRY

@@ -23,22 +23,20 @@ MAX_ROWS = 256
 BLOCK_K = 64  # features of a step, as in the source
 # Rows of W that a tile may have, by how many rows of x it has: the tiles that the source compiles, without and with
 # silu.
-COLUMNS = {64: (64, 96, 128), 128: (96, 112, 128), 192: (96, 112, 128), 256: (96, 112)}
+COLUMNS = {64: (64, 96, 128), 128: (96, 112, 128, 144), 192: (96, 112, 128, 144), 256: (96, 112, 128)}
 COLUMNS_SILU = {64: (224,), 128: (224,), 192: (112,), 256: (112,)}
 CLUSTER_SIZES = (1, 2, 3, 4, 6, 8)
 
 # What choosing needs of the machine, fitted to the times of all plans at Llama-3-8B's sizes on one H200 (the choice
-# costs 0.8 % against the best plan there, 5 % at most; one by one they are no rates of the machine): what a
-# multiprocessor computes and takes in a microsecond, what L2 and the memory give to all of them; what a launch, a step
-# of K and a sum over a cluster cost at least.
-FLOPS_PER_SM_US = 8.07e6
-BYTES_PER_SM_US = 1.19e5
-L2_BYTES_US = 7.28e6
-MEMORY_BYTES_US = 5.82e6
-REMOTE_BYTES_PER_SM_US = 3.41e4
-LAUNCH_US = 1.58
-STEP_US = 0.0702
-SUM_US = 1.77
+# costs 0.7 % against the best plan there, 6 % at most): what a multiprocessor computes, takes in and reads of another's
+# memory in a microsecond, what L2 and the memory give to all of them; what a launch and a step of K cost at least.
+FLOPS_PER_SM_US = 7.2e6
+BYTES_PER_SM_US = 1.24e5
+REMOTE_BYTES_PER_SM_US = 2.7e4
+L2_BYTES_US = 6.56e6
+MEMORY_BYTES_US = 4.59e6
+LAUNCH_US = 2.3
+STEP_US = 0.036
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def predicted_us(rows: int, outputs: int, features: int, silu: bool, plan: Plan,
     taken = 2 * (rows + plan.columns) * share / BYTES_PER_SM_US
     given = 2 * (rows / plan.sharers + plan.columns) * share * blocks / L2_BYTES_US
     read = 2 * plan.columns * share * blocks / MEMORY_BYTES_US
-    summed = SUM_US + 4 * rows * plan.columns / REMOTE_BYTES_PER_SM_US if plan.parts > 1 else 0.0
+    summed = 4 * rows * plan.columns / REMOTE_BYTES_PER_SM_US if plan.parts > 1 else 0.0
     wave = max(computed, taken, given, read) + STEP_US * share / BLOCK_K
     return LAUNCH_US + -(-groups // at_once) * wave + summed
 

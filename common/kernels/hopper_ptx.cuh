@@ -63,6 +63,11 @@ __device__ inline int rank_in_cluster() {
 // L2's advice for a copy: W is read once and x again and again (encodings of createpolicy's results).
 constexpr uint64_t EVICT_FIRST = 0x12F0000000000000, EVICT_LAST = 0x14F0000000000000;
 
+// The first copy through a map needs the map itself: asks for it.
+__device__ inline void prefetch_map(const CUtensorMap *map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 // A box of `map` from (row, k) into this block's shared memory.
 __device__ inline void load_box(const CUtensorMap *map, uint32_t to, uint32_t barrier, int k, int row) {
     asm volatile(
@@ -141,6 +146,7 @@ template <int PENDING> __device__ void wgmma_wait() {
 #define D48 D32, D8(32), D8(40)
 #define D56 D48, D8(48)
 #define D64 D56, D8(56)
+#define D72 D64, D8(64)
 #define D112 D64, D8(64), D8(72), D8(80), D8(88), D8(96), D8(104)
 #define T16 R0 R1
 #define T32 T16 R2 R3
@@ -148,6 +154,7 @@ template <int PENDING> __device__ void wgmma_wait() {
 #define T48 T32 R4 R5
 #define T56 T48 R6
 #define T64 T56 R7
+#define T72 T64 R8
 #define T112 T64 R8 R9 R10 R11 R12 R13
 
 // d[64, N] (+)= a[64, 16] b[N, 16]^T over a warpgroup; `more` is 0 where the sum begins.
@@ -169,4 +176,5 @@ DEFINE_WGMMA(64, T32, D32, 32, 33, 34);
 DEFINE_WGMMA(96, T48, D48, 48, 49, 50);
 DEFINE_WGMMA(112, T56, D56, 56, 57, 58);
 DEFINE_WGMMA(128, T64, D64, 64, 65, 66);
+DEFINE_WGMMA(144, T72, D72, 72, 73, 74);
 DEFINE_WGMMA(224, T112, D112, 112, 113, 114);

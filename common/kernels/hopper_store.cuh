@@ -19,12 +19,13 @@ __device__ void store_pair(__nv_bfloat16 *p, float first, float second) {
 }
 
 // A thread's sums of one block of 64 rows: row = 16 warp + lane / 4 (+ 8), columns 8 j + 2 (lane % 4) and the next.
-// A row's residual is asked for before the first store: `out` may be the same memory, so the compiler keeps loads behind
-// stores.
+// A row's residual is asked for before the first store, as far as registers go: `out` may be the same memory, so the
+// compiler keeps loads behind stores.
 template <class S> __device__ void store_tile(const float (&sums)[S::MI][S::NW / 2], const Arguments &a, int tile) {
     const int group = threadIdx.x / 128, below = group % S::WM, beside = group / S::WM;
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     constexpr int NW = S::SILU ? S::NW / 2 : S::NW;  // outputs of a warpgroup
+    constexpr int AT_ONCE = S::MI > 1 ? 8 : NW / 8;
     const int first_column = (tile * S::WN + beside) * NW + 2 * (lane % 4);
 #pragma unroll
     for (int m = 0; m < S::MI; ++m)
@@ -34,19 +35,23 @@ template <class S> __device__ void store_tile(const float (&sums)[S::MI][S::NW /
             if (row >= a.rows) continue;
             __nv_bfloat16 *to = a.out + int64_t(row) * a.out_stride + first_column;
             const __nv_bfloat16 *from = a.residual + int64_t(row) * a.residual_stride + first_column;
-            __nv_bfloat162 residual[NW / 8] = {};
 #pragma unroll
-            for (int j = 0; j < NW / 8; ++j)
-                if (a.residual && first_column + 8 * j < a.outputs) residual[j] = load_pair(from + 8 * j);
+            for (int begin = 0; begin < NW / 8; begin += AT_ONCE) {
+                __nv_bfloat162 residual[AT_ONCE] = {};
 #pragma unroll
-            for (int j = 0; j < NW / 8; ++j) {
-                float first = sums[m][4 * j + 2 * half], second = sums[m][4 * j + 2 * half + 1];
-                if constexpr (S::SILU) {
-                    first = silu(first) * sums[m][4 * j + 2 * half + S::NW / 4];
-                    second = silu(second) * sums[m][4 * j + 2 * half + 1 + S::NW / 4];
+                for (int j = begin; j < begin + AT_ONCE && j < NW / 8; ++j)
+                    if (a.residual && first_column + 8 * j < a.outputs) residual[j - begin] = load_pair(from + 8 * j);
+#pragma unroll
+                for (int j = begin; j < begin + AT_ONCE && j < NW / 8; ++j) {
+                    float first = sums[m][4 * j + 2 * half], second = sums[m][4 * j + 2 * half + 1];
+                    if constexpr (S::SILU) {
+                        first = silu(first) * sums[m][4 * j + 2 * half + S::NW / 4];
+                        second = silu(second) * sums[m][4 * j + 2 * half + 1 + S::NW / 4];
+                    }
+                    const __nv_bfloat162 more = residual[j - begin];
+                    if (first_column + 8 * j < a.outputs)
+                        store_pair(to + 8 * j, first + __low2float(more), second + __high2float(more));
                 }
-                if (first_column + 8 * j < a.outputs)
-                    store_pair(to + 8 * j, first + __low2float(residual[j]), second + __high2float(residual[j]));
             }
         }
 }

@@ -31,7 +31,7 @@ PACK_ROWS = 32
 # nearly full: cuBLAS has tiles of any multiple of 8.
 MOST_ROWS = {"norm_linear": 32, "linear_add": 64, "norm_gate_up_silu": 64, "linear_float32": 64}
 HOPPER_ROWS = {
-    "linear_add": {*range(33, 129)},
+    "linear_add": {*range(33, 129), *range(185, 193)},
     "norm_gate_up_silu": {*range(33, 129), *range(185, 193), *range(249, 257)},
 }
 GEMMS = {"small_gemm": small_gemm, "hopper_gemm": hopper_gemm}
