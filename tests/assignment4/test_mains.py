@@ -313,6 +313,12 @@ def test_a_set_that_is_not_there_is_refused_before_a_model_is_loaded(tmp_path):
     assert "--requests a.jsonl: neither a file nor one of handout" in done.stderr and not done.stdout
 
 
+def test_a_malformed_set_is_refused_before_a_model_is_loaded(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "one"}\n{"prompt": 2}\n')
+    done = run("chunked", "--model", "absent", "--requests", "a.jsonl", "--out", "out", cwd=tmp_path, code=2)
+    assert "a.jsonl" in done.stderr and "line 2" in done.stderr and "model" not in done.stderr + done.stdout
+
+
 def test_replicas_need_the_simulator(tmp_path):
     assert "--simulate" in run("chunked", "--replicas", 2, "--out", tmp_path, cwd=tmp_path, code=2).stderr
 
