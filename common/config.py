@@ -200,8 +200,11 @@ def _refuse_unsupported(raw: dict[str, Any], path: Path) -> None:
 
 
 def _rope_parameters(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    """transformers 5 writes `rope_parameters` (theta inside), earlier versions `rope_scaling` (theta outside)."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    """transformers 5 writes `rope_parameters` (theta inside), earlier versions `rope_scaling` (theta outside).
+
+    Where a file has both, as one that was edited by hand may, the earlier one counts, as it does in transformers.
+    """
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{path}: its rope fields are {rope!r}, not an object of settings")
     share = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))

@@ -85,6 +85,17 @@ def test_theta_in_each_place_it_is_written(tmp_path, rope):
     assert config.rope_theta == 7.5 and config.rope_scaling is None
 
 
+def test_a_scaling_beside_rope_parameters_counts_as_in_transformers(tmp_path):
+    """One that somebody adds to a config.json that transformers 5 wrote must not be passed over."""
+    raw = GOOD | {"rope_theta": 7.5, "rope_parameters": {"rope_type": "default", "rope_theta": 7.5}}
+    config = read(tmp_path, raw | {"rope_scaling": {"rope_type": "llama3", **LLAMA3}})
+    hf = AutoConfig.from_pretrained(tmp_path).rope_parameters
+    assert hf["rope_type"] == "llama3" and config.rope_scaling == RopeScaling(32.0, 1.0, 4.0, 8192)
+    assert config.rope_theta == hf["rope_theta"] == 7.5
+    with pytest.raises(UserError, match="linear"):
+        read(tmp_path, raw | {"rope_scaling": {"type": "linear", "factor": 2.0}})
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_what_we_write_is_read_alike_by_us_and_by_transformers(name, tmp_path):
     scaled = dataclasses.replace(SHAPES[name], rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192), head_dim=48)
