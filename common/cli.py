@@ -81,7 +81,7 @@ def build_parser(
     )
     _add_sizes(parser, sweeps or {})
     parser.add_argument(
-        "--out", type=nonempty, metavar="DIR", help="where to write (default: results/ beside the script)"
+        "--out", type=a_path, metavar="DIR", help="where to write (default: results/ beside the script)"
     )
     parser.add_argument("--seed", type=_natural, default=0, help="seed of everything random (default: 0)")
     parser.add_argument("--repeats", type=_positive, metavar="N", help="timed runs a point (default: the preset's)")
@@ -108,7 +108,7 @@ def build_plot_parser(doc: str | None) -> argparse.ArgumentParser:
     """The options of a script that only draws: where the CSVs are and the picture goes, and --debug."""
     parser = build_bare_parser(doc)
     parser.add_argument(
-        "--out", type=nonempty, metavar="DIR", help="folder of the CSVs (default: results/ beside the script)"
+        "--out", type=a_path, metavar="DIR", help="folder of the CSVs (default: results/ beside the script)"
     )
     return parser
 
@@ -134,9 +134,9 @@ def _add_sizes(parser: argparse.ArgumentParser, sweeps: Mapping[str, str]) -> No
 def _add_text_options(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", type=nonempty, metavar="TEXT", help="answer this prompt")
-    source.add_argument("--prompts", type=nonempty, metavar="FILE", help="a prompt a line; JSON lines if named .jsonl")
+    source.add_argument("--prompts", type=a_path, metavar="FILE", help="a prompt a line; JSON lines if named .jsonl")
     parser.add_argument("--raw", action="store_true", help="give the prompt as it is, without the chat template")
-    parser.add_argument("--dump-tokens", type=nonempty, metavar="FILE", help="write the token ids as JSON lines")
+    parser.add_argument("--dump-tokens", type=a_path, metavar="FILE", help="write the token ids as JSON lines")
     eos = parser.add_mutually_exclusive_group()
     eos.add_argument("--ignore-eos", dest="ignore_eos", action="store_const", const=True, help="go on past end-of-text")
     eos.add_argument("--stop-at-eos", dest="ignore_eos", action="store_const", const=False, help="stop at end-of-text")
@@ -174,6 +174,11 @@ def nonempty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("is empty")
     return text
+
+
+def a_path(text: str) -> str:
+    """An argparse type: a file or folder. A shell leaves the `~` of `--out=~/run` as it is, so it is expanded here."""
+    return os.path.expanduser(nonempty(text))
 
 
 def _device(text: str) -> str:
@@ -250,7 +255,7 @@ def output_dir(args: argparse.Namespace, script_file: str) -> Path:
 
     Folders made here are taken away again by `run` where the script ends without having written into them.
     """
-    folder = Path(args.out).expanduser() if args.out else Path(script_file).resolve().parent / "results"
+    folder = Path(args.out) if args.out else Path(script_file).resolve().parent / "results"
     try:
         new = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
@@ -286,11 +291,16 @@ def typed_prompts(args: argparse.Namespace) -> list[str] | None:
 
 def check_output_file(path: str, option: str) -> None:
     """Refuse a file that could not be written, before anything is measured. `option` is named in the error."""
-    folder = Path(path).expanduser().resolve().parent
+    folder = Path(path).resolve().parent
     if Path(path).is_dir():
         raise UserError(f"{option} {path}: is a folder; give a file's name")
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{option} {path}: cannot write into {folder}; give a file in a folder you can write")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{option} {path}: cannot write into {folder}: {error.strerror}; give a file in a folder you can write"
+        ) from None
 
 
 def print_written(*paths: str | Path) -> None:

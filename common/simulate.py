@@ -347,7 +347,7 @@ if __name__ == "__main__":
     parser.add_argument("--check", required=True, metavar="CSV", help="an *_iterations.csv measured on it")
     parser.add_argument(
         "--save",
-        type=cli.nonempty,
+        type=cli.a_path,
         metavar="FILE",
         help="write the fitted machine, for --simulate FILE",
     )

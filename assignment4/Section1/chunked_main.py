@@ -363,7 +363,7 @@ if __name__ == "__main__":
     parser.add_argument("--scale", action="store_true", help="sweep requests in flight and context too")
     parser.add_argument(
         "--trace",
-        type=cli.nonempty,
+        type=cli.a_path,
         metavar="FILE",
         help="write a timeline of one more run (JSON for ui.perfetto.dev)",
     )

@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser, default_set: str) -> None:
     )
     parser.add_argument("--stop-at-eos", action="store_true", help="end at end-of-text (else by length alone)")
     parser.add_argument(
-        "--dump-tokens", type=cli.nonempty, metavar="FILE", help="write the token ids of the last policy as JSON lines"
+        "--dump-tokens", type=cli.a_path, metavar="FILE", help="write the token ids of the last policy as JSON lines"
     )
     parser.add_argument(
         "--page-size", type=at_least_one, metavar="N", default=16, help="tokens a KV page (default: 16)"

@@ -182,6 +182,23 @@ def test_output_dir(tmp_path):
             cli.output_dir(argparse.Namespace(out=str(bad)), "script.py")
 
 
+@pytest.mark.parametrize("option", ["--out", "--prompts", "--dump-tokens"])
+def test_a_home_folder_that_the_shell_left_as_it_was_typed(option, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/learner")
+    for typed, meant in (("~/run", "/home/learner/run"), ("~nobody-of-that-name/x", "~nobody-of-that-name/x")):
+        args = cli.build_parser("", text=True).parse_args([f"{option}={typed}"])
+        assert getattr(args, option[2:].replace("-", "_")) == meant
+
+
+def test_a_file_that_cannot_be_written_is_refused_at_once(tmp_path):
+    cli.check_output_file(str(tmp_path / "tokens.jsonl"), "--dump-tokens")
+    assert list(tmp_path.iterdir()) == [], "the trial file is gone"
+    (tmp_path / "file").write_text("")
+    for bad in (tmp_path, tmp_path / "none" / "x", tmp_path / "file" / "x", "/proc/x"):
+        with pytest.raises(UserError, match="--dump-tokens"):
+            cli.check_output_file(str(bad), "--dump-tokens")
+
+
 prompt_texts = st.lists(
     st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]), min_size=1).filter(str.strip), min_size=1, max_size=5
 )
