@@ -183,7 +183,7 @@ def finish(exp, file, tokens, verdict):
 
 def conclusion(rows, device_type):
     """What the rows say, in words."""
-    row = rows[0]
+    row = min(rows, key=lambda row: row["batch_size"])  # --resume appends what was missing
     text = (
         f"on {row['world']} processes a step of batch {row['batch_size']} took {row['time_us'] / 1e3:.3g} ms; its "
         f"all-reduces take {row['allreduce_share']:.0%} of that"

@@ -57,7 +57,8 @@ def conclusion(loaded, rows):
     """The step at the smallest batch against the time that reading its weights and cache would take."""
     from common.memory import human_bytes
 
-    exp, first, last = loaded.exp, rows[0], rows[-1]
+    exp, rows = loaded.exp, sorted(rows, key=lambda row: row["batch_size"])  # --resume appends what was missing
+    first, last = rows[0], rows[-1]
     context = exp.args.input_length + sum(exp.args.output_lengths) / 2
     floor_us = 1e6 * exp.floor_s(first["batch_size"] * context)
     speeds = [cli.format_value(row["tokens_per_s"]) for row in (first, last)]

@@ -97,13 +97,13 @@ def _columns_of(backend: Backend, point: Mapping[str, int], sweep: Sweep) -> dic
 
 
 def _tell(bench: Bench, parts: Sequence[tuple[Sweep, results.ResultFile]], columns: Sequence[str], y: str) -> None:
-    """The table, who wins where, what has no figure, and the files."""
+    """A table a sweep, who wins where, what has no figure, and the files."""
     parts = [(sweep, file) for sweep, file in parts if file.rows]
     shown = [*columns, "launch_us", "error", "status"]
-    cli.print_table([row for _, file in parts for row in file.rows], shown)
     unit = {"tflops": "TFLOP/s", "gb_per_s": "GB/s"}[y]
     for sweep, file in parts:
-        print(f"{sweep.title}")
+        print(f"\n{sweep.title}")
+        cli.print_table(file.rows, shown)
         print(*(f"  {line}" for line in attention_report.conclusion(file.rows, sweep.axis, y, unit)), sep="\n")
         print(*(f"  {line}" for line in attention_report.notes(file.rows, sweep.axis, {})), sep="\n")
     compiled = attention_report.compile_times([row for _, file in parts for row in file.rows])

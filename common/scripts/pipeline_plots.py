@@ -56,10 +56,11 @@ def draw_sweep(csv_path: Path) -> Path:
     fig, (left, right) = plots.new_figure(title, panels=2)
     ceilings: dict[float, float] = {}
     bounds: dict[float, float] = {}
-    for engine in dict.fromkeys(row.get("engine") or "ours" for row in rows):
+    engines = list(dict.fromkeys(row.get("engine") or "ours" for row in rows))
+    for engine in engines:
         part = [row for row in rows if (row.get("engine") or "ours") == engine]
         xs = [_x(row, kind) for row in part]
-        label = part[0]["backend"] if engine == "ours" else f"{engine} ({part[0]['backend']})"
+        label = part[0]["backend"] if engines == ["ours"] else f"{engine} ({part[0]['backend']})"
         suspect = [row["suspect"] for row in part]
         plots.band(left, xs, [row["tokens_per_s"] for row in part], None, None, label, suspect=suspect)
         for share in ("mbu", "mfu"):

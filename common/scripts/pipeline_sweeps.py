@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common import cli, roofline
+from common.equality import peer_sentence
 from common.errors import UserError
 from common.generation import StepTimes
 from common.pages import pages_for
@@ -85,6 +86,7 @@ class Sweeps:
         self.exp, self.engine, self.args = exp, engine, exp.args
         self.ceilings = exp.ceilings
         self.peer = None
+        self.tokens: dict[str, list[list[int]]] = {}  # of the last run of each engine
         self.names = ("ours", "hf") if "hf" in exp.args.compare else ("ours",)
         # Now: what was typed wrongly is refused before anything is measured.
         self.decode_lengths, self.decode_batch = self._decode_sizes()
@@ -107,6 +109,7 @@ class Sweeps:
     def decode(self) -> ResultFile:
         with self._file("pipeline_decode") as file, cli.keep_partial(self.args):
             self._rows(file, self.decode_batch, self.args.input_length, self.decode_lengths, _decode_figure)
+            self._compare_tokens(self.decode_batch, self.args.input_length)
         return file
 
     def prefill(self) -> ResultFile:
@@ -176,16 +179,26 @@ class Sweeps:
     def _run(self, name: str, prompts: Sequence[Sequence[int]], output_len: int) -> Run:
         if name == "ours":
             requests = self.engine.generate_batched([InputRequest("", output_len, prompt) for prompt in prompts])
+            self.tokens[name] = [r.output_token_ids for r in requests]
             stamps = [max(times) for times in zip(*(r.token_times for r in requests))]
             return Run.of(stamps, self.engine.works)
         times = StepTimes(self.exp.model.device)
-        self.peer.generate(prompts, output_len, times=times)
+        self.tokens[name] = self.peer.generate(prompts, output_len, times=times)
         stamps = [times.until(i + 1) for i in range(output_len)]
         return Run.of(stamps, equal_works(len(prompts), len(prompts[0]), output_len))
 
     def _repeat(self, name: str, batch: int, prompt: int, output_len: int, count: int) -> list[Run]:
-        prompts = [self.exp.tokenizer.prompt_of_length(prompt, 31 * row) for row in range(batch)]
-        return [self._run(name, prompts, output_len) for _ in range(count)]
+        return [self._run(name, self._prompt_ids(batch, prompt), output_len) for _ in range(count)]
+
+    def _prompt_ids(self, batch: int, prompt: int) -> list[list[int]]:
+        return [self.exp.tokenizer.prompt_of_length(prompt, 31 * row) for row in range(batch)]
+
+    def _compare_tokens(self, batch: int, prompt: int) -> None:
+        """Say whether the peer's tokens are ours, of one batch that both have just computed. Raises CheckFailed."""
+        if self.tokens.keys() == {"ours", "hf"}:
+            count = min(len(rows[0]) for rows in self.tokens.values())  # one of the two may have been measured again
+            theirs, ours = ([row[:count] for row in self.tokens[name]] for name in ("hf", "ours"))
+            print(peer_sentence(self.exp.model, self._prompt_ids(batch, prompt), theirs, ours, "hf"))
 
     def _rows(
         self,
@@ -277,9 +290,15 @@ def report_suspects(exp: Experiment, files: Sequence[ResultFile]) -> None:
     roofline.report_suspects([row for file in files for row in file.rows], exp.model.device.type)
 
 
+def _size_of(row: dict[str, Any]) -> tuple[int, int, int]:
+    """By what rows are put in order: --resume appends what was missing at the end of the file."""
+    return row["batch_size"], row["prompt_tokens"], row["output_tokens"]
+
+
 def conclusion(exp: Experiment, files: Sequence[ResultFile]) -> str:
     """What the rows say, in words."""
-    rows = {file.path.stem: [r for r in file.rows if r.get("engine", "ours") == "ours"] for file in files}
+    every = {file.path.stem: sorted(file.rows, key=_size_of) for file in files}
+    rows = {name: [r for r in part if r.get("engine", "ours") == "ours"] for name, part in every.items()}
     texts = []
     if rows.get("pipeline_decode"):
         last = rows["pipeline_decode"][-1]
@@ -287,6 +306,9 @@ def conclusion(exp: Experiment, files: Sequence[ResultFile]) -> str:
             f"decoding {last['batch_size']} requests together gave {cli.format_value(last['tokens_per_s'])} tokens/s, "
             f"{last['mbu']:.0%} of the memory bandwidth"
         )
+        for peer in every["pipeline_decode"]:
+            if peer.get("engine") == "hf" and _size_of(peer) == _size_of(last):
+                texts[-1] += f", {last['tokens_per_s'] / peer['tokens_per_s']:.2f} times what Hugging Face gave"
     if rows.get("pipeline_prefill"):
         best = max(rows["pipeline_prefill"], key=lambda r: r["tokens_per_s"])
         texts.append(

@@ -295,6 +295,7 @@ def test_the_whole_script(tmp_path):
         assert {r["backend"] for r in rows if r["engine"] == "ours"} == {"torch"}
         # Part after part is slower than everything at once: the bound lies under the ceiling.
         assert all(0 < r["bound_tokens_per_s"] < r["tokens_per_s"] / max(r["mbu"], r["mfu"]) for r in rows)
+    assert "against hf: the same tokens" in done.stdout and "times what Hugging Face gave" in done.stdout
     assert "an MFU of " in done.stdout and "its parts at their ceilings, one after the other, allow" in done.stdout
     batch = [r for r in read_rows(out / "pipeline_batch.csv", promised) if r["engine"] == "ours"]
     assert [r["batch_size"] for r in batch] == [1, 2, 4]
