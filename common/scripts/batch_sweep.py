@@ -56,17 +56,24 @@ def output_length(exp: Experiment) -> int:
 
 
 def batches_that_fit(exp: Experiment, longest_prompt: int) -> list[int]:
-    """The batch sizes whose KV cache fits in free memory; a typed one that does not is a UserError."""
+    """The batch sizes that free memory has room for; a typed one that it has not is a UserError."""
     exp.check_context(longest_prompt, output_length(exp), "--input-length")
-    row_bytes = (longest_prompt + output_length(exp)) * exp.kv_bytes_per_token
+    row_bytes = bytes_of_a_row(exp, longest_prompt)
     free = free_bytes(exp.model.device)
     limit = int(0.9 * free // row_bytes)
     if limit < 1:
-        raise UserError(
-            f"--input-length: one row's KV cache takes {human_bytes(row_bytes)}; {human_bytes(free)} are free"
-        )
+        raise UserError(f"--input-length: one row takes {human_bytes(row_bytes)}; {human_bytes(free)} are free")
     typed, what = "batch_sizes" in exp.typed, f"what {human_bytes(free)} of free memory hold:"
     return cli.clip_sweep(exp.args.batch_sizes, limit, typed=typed, what=what, option="--batch-sizes")
+
+
+def bytes_of_a_row(exp: Experiment, prompt_tokens: int) -> int:
+    """What one more row takes at most: its K and V, a layer's activations of its prompt, its logits."""
+    c = exp.model.config
+    # x and what is added to it; q, k, v; gate, up and their product. Logits are copied once, to be float32.
+    activations = 2 * c.hidden_size + c.q_size + 2 * c.kv_size + 3 * c.intermediate_size
+    kv = (prompt_tokens + output_length(exp)) * exp.kv_bytes_per_token
+    return kv + prompt_tokens * activations * exp.model.dtype.itemsize + 2 * 4 * c.vocab_size
 
 
 def check_rows_alone(exp: Experiment, generate: Generate, prompts: Prompts) -> str:
