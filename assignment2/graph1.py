@@ -66,7 +66,7 @@ def draw(folder):
     # Room for the legend above what was measured.
     slowest = max(row["time_p90"] for _, _, rows in series.values() for row in rows)
     left.set_ylim(0, 1.3 * slowest)
-    draw_speed_up(right, {name: rows for name, _, rows in series.values()})
+    draw_speed_up(right, folder, {name: rows for name, _, rows in series.values()})
     csvs = [folder / file_name for file_name in series]
     return plots.save(fig, folder / PICTURE, plots.footer(*csvs))
 
@@ -108,8 +108,8 @@ def draw_floor(ax, folder, lengths):
     ax.plot(lengths, floor, color=CEILING_COLOUR, linestyle=":", label=label)
 
 
-def draw_speed_up(ax, rows_by_name):
-    """How many times faster the cache is, at the lengths that both scripts measured."""
+def draw_speed_up(ax, folder, rows_by_name):
+    """How many times faster the cache is, at the lengths that both scripts measured; else why there is no ratio."""
     from common import plots
 
     times = {
@@ -118,13 +118,31 @@ def draw_speed_up(ax, rows_by_name):
     }
     both = sorted(set(times.get("no cache", {})) & set(times.get("KV cache", {})))
     ax.set(xlabel="output tokens n", ylabel="times faster", title="Speed-up by the cache")
-    if not both:
-        ax.text(0.5, 0.5, "needs both CSVs", ha="center", va="center", transform=ax.transAxes)
+    if reason := why_no_ratio(folder, times, both):
+        ax.set(xticks=[], yticks=[])
+        ax.text(0.5, 0.5, reason, ha="center", va="center", transform=ax.transAxes)
         return
     ratios = [times["no cache"][n] / times["KV cache"][n] for n in both]
     plots.band(ax, both, ratios, None, None, "no cache / KV cache")
     ax.set_ylim(0, 1.15 * max(ratios))
     ax.axhline(1, color=plots.CEILING_COLOUR, linewidth=1)
+
+
+def why_no_ratio(folder, times, both):
+    """What keeps the two CSVs of `folder` from being divided, in words; None where nothing does."""
+    from common.results import read_json
+
+    for name, script in (("no cache", "no_kv.py"), ("KV cache", "single_batch.py")):
+        if not times.get(name):
+            return f"needs {script} too"
+    if not both:
+        return "no length that both have measured"
+    records = [read_json((folder / file_name).with_suffix(".json")) or {} for file_name in (NO_KV, CACHED)]
+    for field in ("model", "dtype", "device", "prompt_token_ids"):
+        first, second = (record.get(field) for record in records)
+        if first is not None and second is not None and first != second:
+            return f"not to be compared:\nthe {field.split('_')[0]} was another"
+    return None
 
 
 def main(args):

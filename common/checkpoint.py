@@ -203,7 +203,10 @@ def load(
     model = build(config, tensors, shard, device, dtype, origin=origin, quiet=quiet)
     if not quiet:
         where = folder if folder is not None else f"a generator (seed {seed}, {found.distribution})"
-        size = f"{config.num_parameters / 1e6:,.0f}M parameters, {str(dtype).removeprefix('torch.')} on {device}"
+        millions = config.num_parameters / 1e6
+        size = (
+            f"{millions:,.{0 if millions >= 10 else 1}f}M parameters, {str(dtype).removeprefix('torch.')} on {device}"
+        )
         if dtype == torch.float16 and not _has_bfloat16(device):
             size += ", which has no bfloat16"
         print(f"model: {found.name} ({size}), from {where}, because {found.reason}")

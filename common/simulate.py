@@ -5,7 +5,8 @@
     decode attention    K/V of the real context lengths / memory speed
     prefill attention   4 * query-key pairs * query heads * head_dim / compute speed
     the rest            norms, rotary, activations: every tensor between the linears written once and read once
-    overhead            a fixed time a step, the one figure that is fitted (`fit_overhead`) to a measured run
+    overhead            a fixed time a step and one for each request that gets a token: the two figures that are fitted
+                        (`fit_overhead`) to a measured run
 
 The corner. A product is near both limits at once where rows * 2 / element size is near compute / memory speed, and no
 kernel overlaps them perfectly: (bytes^1.5 + compute^1.5)^(1/1.5) at 90 % of the read speed. Of one Llama-3-8B layer's

@@ -12,6 +12,7 @@ import shutil
 import pytest
 from assignment2_scripts import (
     FILES,
+    FOLDER,
     HEADERS,
     MEASURING,
     PICTURES,
@@ -143,6 +144,29 @@ def test_one_csv_is_enough(measured, tmp_path, in_process, graph, present, missi
     assert in_process(graph, "--out", tmp_path)[0] == 0
     (tmp_path / f"{present}.json").unlink()  # without provenance there is no floor, but a picture
     assert in_process(graph, "--out", tmp_path)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "field, value, said",
+    [
+        ("model", "another", "the model was another"),
+        ("prompt_token_ids", [1, 2], "the prompt was another"),
+        (None, None, None),
+    ],
+)
+def test_a_speed_up_is_of_the_same_model_and_prompt(measured, tmp_path, monkeypatch, field, value, said):
+    monkeypatch.syspath_prepend(FOLDER)
+    from graph1 import why_no_ratio
+
+    for file in measured[0].glob("*_times.*"):
+        shutil.copy(file, tmp_path)
+    record = json.loads((tmp_path / "no_kv_times.json").read_text())
+    (tmp_path / "no_kv_times.json").write_text(json.dumps(record | ({field: value} if field else {})))
+    both = {"no cache": {8: 2.0}, "KV cache": {8: 1.0}}
+    reason = why_no_ratio(tmp_path, both, [8])
+    assert reason is None if said is None else said in reason
+    assert "needs single_batch.py" in why_no_ratio(tmp_path, {"no cache": {8: 2.0}}, [])
+    assert "no length" in why_no_ratio(tmp_path, {"no cache": {8: 2.0}, "KV cache": {4: 1.0}}, [])
 
 
 @pytest.mark.parametrize("graph", ["graph1", "graph2"])
