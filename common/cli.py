@@ -231,17 +231,17 @@ def _sizes_text(value: Any) -> str:
 def clip_sweep(values: Sequence[int], limit: int, *, typed: bool, what: str, option: str = "") -> list[int]:
     """The values of at most `limit`. A preset's larger ones are left out with a printed line; a typed one is an error.
 
-    what: what the limit is, as in "context": "2^14 left out: context 8192". option: its name, for the error.
+    what: what the limit is, as in "context": "2^14 left out: context 8192". option: its name, to begin the line with.
     """
     kept = [value for value in values if value <= limit]
     over = [_size_name(value) for value in values if value > limit]
+    named = f"{option}: " if option else ""
     if over and typed:
-        named = f"{option}: " if option else ""
         raise UserError(f"{named}{over[0]} is above {what} {limit}; give sizes of at most {limit}")
     if not kept:
-        raise UserError(f"no size of this preset fits {what} {limit}: the smallest is {min(values, default=0)}")
+        raise UserError(f"{named}no size of this preset fits {what} {limit}: the smallest is {min(values, default=0)}")
     if over:
-        print(f"{', '.join(over)} left out: {what} {limit}")
+        print(f"{named}{', '.join(over)} left out: {what} {limit}")
     return kept
 
 

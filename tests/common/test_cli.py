@@ -105,6 +105,8 @@ def test_clip_sweep(capsys):
         cli.clip_sweep([2**14], 8192, typed=True, what="context")
     with pytest.raises(UserError, match="no size of this preset fits"):
         cli.clip_sweep([100], 64, typed=False, what="context")
+    assert cli.clip_sweep([1, 2], 1, typed=False, what="pages", option="--batch-sizes") == [1]
+    assert capsys.readouterr().out == "--batch-sizes: 2 left out: pages 1\n", "one of several sweeps is named"
 
 
 # --- options ---------------------------------------------------------------------------------------------------------
