@@ -11,7 +11,7 @@ from common.errors import UserError
 def cache_dir() -> Path:
     """`$TLAB_CACHE`, else the platform's cache folder for "transformers-lab"; made if it is not there."""
     named = os.environ.get("TLAB_CACHE")
-    folder = Path(named).expanduser() if named else _platform_folder()
+    folder = Path(os.path.expanduser(named)) if named else _platform_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -351,6 +351,9 @@ def test_a_wheel_with_another_content_is_not_taken(tmp_path, monkeypatch):
 def test_the_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TLAB_CACHE", str(tmp_path / "a" / "b"))
     assert cache_dir() == tmp_path / "a" / "b" and cache_dir().is_dir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TLAB_CACHE", "~nobody-of-that-name/x")  # taken as it is, as a shell would
+    assert cache_dir().resolve() == tmp_path / "~nobody-of-that-name" / "x"
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TLAB_CACHE", str(tmp_path / "file" / "x"))
     with pytest.raises(UserError, match="TLAB_CACHE"):
