@@ -104,8 +104,8 @@ def _tell(bench: Bench, parts: Sequence[tuple[Sweep, results.ResultFile]], colum
     for sweep, file in parts:
         print(f"\n{sweep.title}")
         cli.print_table(file.rows, shown)
-        print(*(f"  {line}" for line in attention_report.conclusion(file.rows, sweep.axis, y, unit)), sep="\n")
-        print(*(f"  {line}" for line in attention_report.notes(file.rows, sweep.axis, {})), sep="\n")
+        told = attention_report.conclusion(file.rows, sweep.axis, y, unit)
+        print(*(f"  {line}" for line in [*told, *attention_report.notes(file.rows, sweep.axis, {})]), sep="\n")
     compiled = attention_report.compile_times([row for _, file in parts for row in file.rows])
     if compiled:
         print(compiled)
