@@ -13,6 +13,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.grading.lab import Lab
+from common.grading.qualifiers import missing_qualifier
 from common.grading.rewrite import find_lacking, initialised_shared, rewrite
 from common.paths import cache_dir
 
@@ -83,6 +84,14 @@ def _run(command: list[str], cwd: Path) -> subprocess.CompletedProcess:
 def _limit_memory() -> None:
     """Of the compiler over a learner's file: `#include "/dev/zero"` must not take the machine's."""
     resource.setrlimit(resource.RLIMIT_AS, (COMPILE_LIMIT_MB << 20, COMPILE_LIMIT_MB << 20))
+
+
+@functools.cache
+def _locals_hold(cxx: str, value: str) -> tuple[str, ...]:
+    """The flag that gives local variables a `value` (pattern, zero) until they are set, where the compiler has it."""
+    flag = f"-ftrivial-auto-var-init={value}"
+    done = subprocess.run([cxx, flag, "-fsyntax-only", "-x", "c++", os.devnull], capture_output=True)
+    return () if done.returncode else (flag,)
 
 
 def _cached_object(source: Path, flags: list[str]) -> Path:
@@ -211,6 +220,10 @@ def check_nvcc(source: Path, include: Path, work: Path) -> None:
 def build_emulated(lab: Lab, source: Path, work: Path, *, ask_nvcc: bool = False) -> Built:
     """Both variants of the emulated program. Raises Blocked or CompileFailed; ask_nvcc: nvcc decides between them."""
     text = source.read_text(errors="replace")
+    if missing := missing_qualifier(text):
+        if not ask_nvcc:
+            raise CompileFailed(f"{source.name}:{missing[0]}: error: {missing[1]}")
+        check_nvcc(source, lab.folder, work)  # it knows; what it takes goes on
     failed: Exception | None = None
     if lacking := find_lacking(text):
         failed = Blocked(
@@ -222,21 +235,39 @@ def build_emulated(lab: Lab, source: Path, work: Path, *, ask_nvcc: bool = False
             " thread write it, then __syncthreads()"
         )
     else:
-        failed = _compile_emulated(lab, source, text, work)
+        # A variable that nobody sets must not be right by luck.
+        failed = _compile_emulated(lab, source, text, work, _locals_hold(compiler(), "pattern"))
     if failed:
         raise _second_opinion(failed, lab, source, work) if ask_nvcc else failed
     return Built({variant: _link_emulated(lab, variant, source, work) for variant in VARIANTS})
 
 
-def _compile_emulated(lab: Lab, source: Path, text: str, work: Path) -> Exception | None:
-    """Object files of both variants; what is wrong with the learner's file, or None."""
+def build_zeroed(lab: Lab, source: Path, work: Path) -> Path | None:
+    """`checked` again, but a local variable that nobody set holds 0, not a pattern; None if the compiler cannot."""
+    if not (flag := _locals_hold(compiler(), "zero")):
+        return None
+    work.mkdir(exist_ok=True)
+    if _compile_emulated(lab, source, source.read_text(errors="replace"), work, flag, ("checked",)):
+        return None
+    return _link_emulated(lab, "checked", source, work)
+
+
+def _compile_emulated(
+    lab: Lab,
+    source: Path,
+    text: str,
+    work: Path,
+    locals_flag: tuple[str, ...],
+    variants: tuple[str, ...] = tuple(VARIANTS),
+) -> Exception | None:
+    """Object files of the variants; what is wrong with the learner's file, or None."""
     translated = work / (source.stem + ".emulated.cpp")
     translated.write_text(rewrite(text, source.name))
     include = ["-I", str(source.parent), "-I", str(lab.folder), "-include", "cuda_runtime.h"]
     jobs = {}
-    for variant, flags in VARIANTS.items():
-        target = work / f"{variant}.o"
-        command = [compiler(), *_COMMON_FLAGS, *flags, *include, "-c", str(translated), "-o", str(target)]
+    for variant in variants:
+        target, flags = work / f"{variant}.o", [*_COMMON_FLAGS, *VARIANTS[variant], *locals_flag]
+        command = [compiler(), *flags, *include, "-c", str(translated), "-o", str(target)]
         jobs[variant] = subprocess.Popen(
             command, cwd=work, stderr=subprocess.PIPE, text=True, errors="replace", preexec_fn=_limit_memory
         )

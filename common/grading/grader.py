@@ -1,17 +1,17 @@
 """Grades one file: build, run under every schedule, compare, explain, count points."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import UserError
 from common.grading import build, gpu, run, sanitizer
-from common.grading.check import Evaluation, evaluate
+from common.grading.check import Evaluation, differs, evaluate
 from common.grading.hints import hint_for
 from common.grading.lab import Case, Lab, inputs_of
-from common.grading.lessons import explain
+from common.grading.lessons import NEVER_AGAIN, Again, explain
 from common.grading.outcome import CaseResult, Lesson, Outcome, Report
 
 CORRECTNESS_POINTS = 80
@@ -75,6 +75,7 @@ def _grade_cuda(lab: Lab, source: Path, options: Options, work: Path) -> Report:
                 built = build.build_emulated(lab, source, work, ask_nvcc=ask_nvcc)
             check = pool.submit(build.check_nvcc, source, lab.folder, work) if _wants_nvcc(options, on_gpu) else None
             evaluations = _run_all(lab, cases, built, work, pool)
+            _spin(lab, evaluations, built, work)
             if on_gpu and not options.quick:
                 report.notes += _sanitize(evaluations, built.programs["gpu"], work)
             if check:
@@ -85,7 +86,11 @@ def _grade_cuda(lab: Lab, source: Path, options: Options, work: Path) -> Report:
         except build.Blocked as error:
             return stopped(report, lab, Outcome.BLOCKED, Lesson("blocked", f"the emulation lacks {error}"))
     report.machine = "GPU" if on_gpu else "CPU emulation of CUDA (no GPU here)"
-    judge(lab, evaluations, report, lambda e: _passes_alone(lab, e, built, work))
+    again = Again(
+        lambda e: _passes_alone(lab, e, built, work),
+        lambda e: not on_gpu and _follows_locals(lab, e, source, work),
+    )
+    judge(lab, evaluations, report, again)
     if _wants_speed(options, on_gpu, report):
         gpu.measure_speed(lab, build.build_for_timing(lab, source, work), report, work)
     elif not on_gpu:
@@ -119,6 +124,9 @@ def _run_all(
         schedules, program = run.SCHEDULES, built.programs
     on_gpu = "gpu" in built.programs
     first = run.run_cases([program["checked"]], cases, run.FIRST, work, gpu=on_gpu)
+    for r in first:
+        if lab.needs_kernel and not on_gpu and r.ran and r.work and not r.launches:
+            r.findings.append(("no-kernel", f"{lab.function} launches none"))
     # A case that crashes once has told enough; a large one runs once.
     repeated = [i for i, r in enumerate(first) if r.ran and not cases[i].is_large]
     jobs = {
@@ -157,18 +165,52 @@ def _sanitize(evaluations: list[Evaluation], program: Path, work: Path) -> list[
 
 def _passes_alone(lab: Lab, evaluation: Evaluation, built: build.Built, work: Path) -> bool:
     """Whether the case passes as the only call of a program."""
-    folder = work / "alone"
-    folder.mkdir(exist_ok=True)
-    case = replace(evaluation.case, calls=1)
-    run.write_jobs(lab, [case], [evaluation.inputs], folder)
     program = built.programs.get("gpu") or built.programs["checked"]
-    (result,) = run.run_cases([program], [case], run.FIRST, folder, gpu="gpu" in built.programs)
-    return evaluation.passes(result)
+    case = replace(evaluation.case, calls=1)
+    return evaluation.passes(_run_again(lab, case, evaluation, program, work / "alone", gpu="gpu" in built.programs))
 
 
-def judge(
-    lab: Lab, evaluations: list[Evaluation], report: Report, alone: Callable[[Evaluation], bool] = lambda e: False
-) -> None:
+def _run_again(
+    lab: Lab,
+    case: Case,
+    evaluation: Evaluation,
+    program: Path,
+    folder: Path,
+    schedule: run.Schedule = run.FIRST,
+    *,
+    gpu: bool = False,
+) -> run.CaseRun:
+    folder.mkdir(exist_ok=True)
+    run.write_jobs(lab, [case], [evaluation.inputs], folder)
+    (result,) = run.run_cases([program], [case], schedule, folder, gpu=gpu)
+    return result
+
+
+def _follows_locals(lab: Lab, evaluation: Evaluation, source: Path, work: Path) -> bool:
+    """Whether the case gives another result where local variables that nobody set are 0."""
+    before = evaluation.runs[run.FIRST].output
+    program = build.build_zeroed(lab, source, work / "zeroed")
+    if program is None or before is None:
+        return False
+    after = _run_again(lab, evaluation.case, evaluation, program, work / "zeroed").output
+    return after is not None and differs(before, after, evaluation.tolerance).any()
+
+
+def _spin(lab: Lab, evaluations: list[Evaluation], built: build.Built, work: Path) -> None:
+    """Blocked, if a case that never ends does so where threads take turns at every memory access.
+
+    On a GPU all resident threads advance, so one may wait in a loop for another's store; here it keeps the CPU.
+    """
+    late = [e for e in evaluations if (c := e.runs[run.FIRST].crash) and c.kind == "timeout" and not e.case.is_large]
+    if not late or "interleaved" not in built.programs:
+        return
+    smallest = min(late, key=lambda e: max(e.case.sizes.values()))
+    result = _run_again(lab, smallest.case, smallest, built.programs["interleaved"], work / "spin", run.SCHEDULES[-1])
+    if smallest.passes(result):
+        raise build.Blocked("threads that wait for others in a loop of their own (grade on a machine with a GPU)")
+
+
+def judge(lab: Lab, evaluations: list[Evaluation], report: Report, again: Again = NEVER_AGAIN) -> None:
     """Sets outcome, lesson, cases and points of `report` from what the cases gave."""
     for e in evaluations:
         detail, order = "", ""
@@ -183,7 +225,7 @@ def judge(
     elif _nothing_done(evaluations):
         report.outcome = Outcome.NOT_STARTED
         report.lesson = Lesson("not-started", f"`{lab.function}` does nothing yet: start with TODO 1 in {lab.source}")
-    elif found := explain(lab, evaluations, alone):
+    elif found := explain(lab, evaluations, again):
         report.outcome, report.lesson, smallest = found
         # The smallest failing case stands first among the failed ones.
         report.cases.sort(key=lambda c: (c.passed, c.name != smallest.case.name))

@@ -17,6 +17,10 @@ HINTS = {
     "copy-direction": "The last argument names from where to where: host to device, or device to host.",
     "copy-out-of-bounds": "Count bytes, not elements: sizeof(float) belongs into width and pitch.",
     "out-of-bounds": "The last block has threads without work: compare the index with the length before using it.",
+    "local-array": "void *arguments[] = {&input, &weight, ...}: as many as the kernel has parameters, in their order.",
+    "dynamic-shared": "kernel<<<blocks, threads, threads * sizeof(float)>>>(...): bytes, not elements.",
+    "kernel-arguments": "void *arguments[] = {&input, &weight, &output, &cols, &epsilon};",
+    "nothing-written": "The pointer that you were given is the only one that the caller looks at.",
     "host-touches-device": "Device pointers are for kernels and cudaMemcpy only.",
     "device-touches-host": "Memory of cudaMalloc (or cudaHostAlloc) for the kernel; cudaMemcpy to and from the host's.",
     "misaligned": "float4 needs an address that is a multiple of 16: is every row's start one, when cols is odd?",
@@ -27,6 +31,7 @@ HINTS = {
     " memory is used again stands another. A sum that several blocks add to needs atomicAdd.",
     "state-kept": "Which __device__ or static variable must be set to 0 at the start of each call?",
     "uninitialised": "Shared and device memory start with whatever was there. Set accumulators to 0 before adding.",
+    "local-not-set": "float sum = 0.0f; and what all threads need goes through shared memory, with a __syncthreads().",
     "tail-dropped": "`cols / blockDim.x` rounds down. Loop `for (i = threadIdx.x; i < cols; i += blockDim.x)`.",
     "tail-unwritten": "A grid of `n / block` blocks rounds down: (n + block - 1) / block, and a guard.",
     "one-element-a-thread": "When there are more elements than threads, a thread must take more than one.",
@@ -34,7 +39,7 @@ HINTS = {
     "half-warp": "for (int step = 16; step > 0; step /= 2) sum += __shfl_down_sync(0xffffffff, sum, step);",
     "counted-often": "if (threadIdx.x % 32 == 0) before the atomicAdd of a warp's sum.",
     "one-lane": "__shfl_xor_sync gives every lane the sum; or lane 0 writes it to shared memory.",
-    "no-kernel": "Write silu_kernel, and launch it: silu_kernel[grid](...). silu_torch.py is the reference only.",
+    "no-kernel": "A __global__ function and its launch, kernel<<<blocks, threads>>>(...): the GPU is to do the work.",
     "rows-missing": "How many rows does the grid cover? One block a row needs `rows` blocks, in x (y ends at 65,535).",
 }
 

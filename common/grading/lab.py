@@ -99,6 +99,7 @@ class Lab:
     mistakes: tuple[Mistake, ...] = ()
     hints: dict[str, str] = field(default_factory=dict)  # lesson -> what to look at, for --hint
     kind: str = "cuda"
+    needs_kernel: bool = True  # a result that no kernel made is wrong
 
     @property
     def folder(self) -> Path:

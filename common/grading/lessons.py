@@ -5,6 +5,7 @@ orders of execution or fill patterns, and outputs that equal what a known wrong 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -44,6 +45,19 @@ FINDINGS = {
     ),
     "device-code-on-host": ("device-code-on-host", "device code is called on the host"),
     "asan-out-of-bounds": ("out-of-bounds", "a thread goes past an array: check the index against its length"),
+    "asan-stack-buffer-overflow": (
+        "local-array",
+        "an array on the stack is too short: one of kernel arguments needs an address for each parameter",
+    ),
+    "asan-global-buffer-overflow": ("out-of-bounds", "a thread goes past a __device__ or static array"),
+    "asan-dynamic-shared": (
+        "dynamic-shared",
+        "`extern __shared__` memory is as long as the launch's third argument says, in bytes",
+    ),
+    "kernel-arguments": (
+        "kernel-arguments",
+        "the array of a kernel's arguments holds addresses of variables: &input, and not input",
+    ),
     "asan-host-touches-device": (
         "host-touches-device",
         "the host cannot follow a device pointer: copy, or use a kernel",
@@ -59,7 +73,7 @@ FINDINGS = {
     "leak": ("leak", "memory allocated in the call is never freed"),
     "exception": ("exception", "the call raises an exception"),
     "wrong-result": ("wrong-result", "the result is not what the task asks for"),
-    "no-kernel": ("no-kernel", "the result comes from no Triton kernel: the task is to write one"),
+    "no-kernel": ("no-kernel", "the result comes from no kernel: the task is to write one"),
     "not-new": ("not-new", "the result must be a new tensor, and is the input (or shares its memory)"),
     "out-of-bounds": ("out-of-bounds", "a program goes past a tensor: mask the offsets that do not exist"),
     "race-hazard": (
@@ -88,6 +102,9 @@ _CRASHES = {
     "out-of-memory",
     "crash",
     "exception",
+    "local-array",
+    "dynamic-shared",
+    "kernel-arguments",
 }
 
 
@@ -95,13 +112,21 @@ def size_of(evaluation: Evaluation) -> int:
     return int(np.prod(list(evaluation.case.sizes.values()), dtype=np.int64))
 
 
-def explain(
-    lab: Lab, evaluations: list[Evaluation], alone: Callable[[Evaluation], bool] = lambda e: False
-) -> tuple[Outcome, Lesson, Evaluation] | None:
-    """Outcome, lesson and the smallest failing case; None when every case passes.
+@dataclass(frozen=True)
+class Again:
+    """Ways to run a case again, differently, for what its runs so far do not tell."""
 
-    `alone` runs a case as a program's only call and says whether it passes.
-    """
+    passes_alone: Callable[[Evaluation], bool] = lambda e: False  # as a program's only call
+    follows_locals: Callable[[Evaluation], bool] = lambda e: False  # another result, if local variables start as 0
+
+
+NEVER_AGAIN = Again()
+
+
+def explain(
+    lab: Lab, evaluations: list[Evaluation], again: Again = NEVER_AGAIN
+) -> tuple[Outcome, Lesson, Evaluation] | None:
+    """Outcome, lesson and the smallest failing case; None when every case passes."""
     failing = sorted((e for e in evaluations if not e.passed), key=lambda e: (e.case.calls, size_of(e)))
     if not failing:
         return None
@@ -126,7 +151,10 @@ def explain(
                 " an atomic is missing between one thread's write and another's read"
             )
             return Outcome.RACES, Lesson("race", text), evaluation
-    if alone(smallest):
+    if not passing and all(e.unwritten().all() for e in failing):
+        text = "nothing is ever written to the output: is it what the kernel, or the copy, is given as its target?"
+        return Outcome.WRONG, Lesson("nothing-written", text), smallest
+    if again.passes_alone(smallest):
         text = "the first call is right and a later one is wrong: something is kept from call to call and not set again"
         return Outcome.WRONG, Lesson("state-kept", text), smallest
     if lesson := _wrong_formula(lab, failing, passing):
@@ -135,6 +163,10 @@ def explain(
         if follows_fill(evaluation):
             text = "the result depends on memory that was never written: a sum, or an element, has no first value"
             return Outcome.WRONG, Lesson("uninitialised", text), evaluation
+    if again.follows_locals(smallest):
+        text = "the result depends on a variable that nobody has set: a thread's own variables are not 0 at the start"
+        text += ", and what one thread sets no other thread sees"
+        return Outcome.WRONG, Lesson("local-not-set", text), smallest
     return Outcome.WRONG, _pattern(failing, passing), smallest
 
 

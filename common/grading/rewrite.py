@@ -75,7 +75,7 @@ def initialised_shared(source: str) -> int | None:
     return match and source.count("\n", 0, match.start()) + 1
 
 
-def _closing(code: str, start: int) -> int:
+def closing_bracket(code: str, start: int) -> int:
     """Index of the bracket that closes the one at `start`, or -1."""
     pairs = {"(": ")", "[": "]", "{": "}"}
     depth = 0
@@ -112,7 +112,7 @@ def _rewrite_launches(source: str, code: str) -> str:
     while (start := code.find("<<<", position)) >= 0:
         end = code.find(">>>", start)
         opening = code.find("(", end) if end >= 0 else -1
-        closing = _closing(code, opening) if opening >= 0 and not code[end + 3 : opening].strip() else -1
+        closing = closing_bracket(code, opening) if opening >= 0 and not code[end + 3 : opening].strip() else -1
         if closing < 0:  # not a launch that can be parsed: the compiler will say so
             break
         name = _kernel_name_start(code, start)
@@ -192,7 +192,7 @@ _CASTS = [
 def _rewrite_kernel_pointers(source: str) -> str:
     """Drops the `(void *)` before a kernel's name: the emulation needs its type to unpack the arguments."""
     for match in reversed(list(re.finditer(_TAKES_KERNEL, source))):
-        closing = _closing(source, match.end() - 1)
+        closing = closing_bracket(source, match.end() - 1)
         call = source[match.end() : closing]
         # The kernel is the first argument, or an occupancy function's second; the array of arguments keeps its type.
         cut = call.find("{") if "{" in call else len(call)

@@ -69,6 +69,7 @@ class CaseRun:
     findings: list[tuple[str, str]] = field(default_factory=list)  # (kind, text): launch errors, changed inputs, leaks
     buffers: dict[str, tuple[int, int]] = field(default_factory=dict)  # name -> address, bytes
     work: int = 0  # launches and copies; 0: the function did nothing
+    launches: int = 0  # in the emulation
     ran: bool = False
 
 
@@ -239,6 +240,8 @@ def _read_progress(path: Path, runs: list[CaseRun]) -> int | None:
             current = None
         elif current is not None and word == "work":
             runs[current].work += int(rest)
+        elif current is not None and word == "launches":
+            runs[current].launches += int(rest)
         elif current is not None and word == "finding":
             kind, _, text = rest.partition(" ")
             if kind == "buffer":
@@ -260,6 +263,7 @@ _FATAL = (
     "shuffle-mask",
     "grid-sync-without-cooperative-launch",
     "device-code-on-host",
+    "kernel-arguments",
     "out-of-memory",
     "blocked",
     "launch-error",
@@ -307,14 +311,12 @@ def _asan_crash(kind: str, text: str, run: CaseRun) -> Crash:
     if region is None:
         return Crash(f"asan-{kind}", f"{where}{verb} memory that is not there ({kind})")
     start, size = int(region["start"], 16), int(region["size"])
+    allocated = text.split("allocated by")[-1]
+    if "dynamic_shared_memory" in allocated or "fill_block" in allocated:
+        have = 0 if "dynamic_shared_memory" in allocated else size
+        return Crash("asan-dynamic-shared", f"{where}{verb} past its end; the launch asks for {have} bytes")
     names = [n for n, (address, _) in run.buffers.items() if address == start]
-    what = (
-        f"`{names[0]}`"
-        if names
-        else "shared memory"
-        if "shared_memory" in text.split("allocated by")[-1]
-        else "an allocation"
-    )
+    what = f"`{names[0]}`" if names else "shared memory" if "shared_memory" in allocated else "an allocation"
     if "Launch" not in text and "launch" not in text and "fiber_main" not in text:
         verb = "(host code) " + verb
     side = "before the start" if region["side"] in ("to the left of", "before") else "past the end"

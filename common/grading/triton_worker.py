@@ -157,6 +157,8 @@ def learner_line(error: BaseException, source: Path) -> str:
     """`line N: Type: message`, the line in the learner's file."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == source]
     where = f"line {frames[-1].lineno}: " if frames else ""
+    if "grid_idx" in str(error):  # the interpreter's, of a kernel that is called
+        return f"{where}a kernel is launched with its grid in brackets: kernel[grid](...)"
     return f"{where}{type(error).__name__}: {str(error)[:300]}"
 
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from common.grading import build
-from common.grading.check import evaluate
+from common.grading.check import evaluate, races
 from common.grading.grader import Options, grade
 from common.grading.lab import LABS, get, inputs_of
 from common.grading.outcome import Outcome
-from common.grading.run import FIRST, CaseRun
+from common.grading.qualifiers import missing_qualifier
+from common.grading.run import FIRST, SCHEDULES, CaseRun
 
 needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
@@ -127,6 +128,120 @@ def test_unusual_code_is_blocked_at_worst(tmp_path, text, construct):
 def test_what_is_no_cuda_does_not_compile(tmp_path, text, said):
     report = graded(tmp_path, text)
     assert report.outcome is Outcome.DOES_NOT_COMPILE and said in report.lesson.text, report.lesson
+
+
+SQUARE = "{qualifier}float square(float v) {{ return v * v; }}"
+SQUARED = ATOMIC.replace("all / cols", "square(sqrtf(all)) / cols")
+PLAIN = matrix().replace("__global__ ", "")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (PLAIN, "rms_norm_matrix.cu:4: error: `k` is launched, so it is __global__ void k(...)"),
+        (PLAIN.replace("void k(", "template <int N>\nvoid k(").replace("k<<<", "k<1><<<"), "`k` is launched"),
+        (matrix().replace("__global__ void", "__global__ int").replace("* w[c];\n", "* w[c]; return 0;\n"), "nothing"),
+        (matrix(SQUARED, before=SQUARE.format(qualifier="inline ")), "`square` is called in a kernel, so it is __dev"),
+    ],
+)
+def test_what_only_nvcc_would_refuse_is_found_without_it(tmp_path, text, said):
+    report = graded(tmp_path, text)
+    assert report.outcome is Outcome.DOES_NOT_COMPILE and said in report.lesson.text, report.lesson
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PLAIN.replace("void k(", "#define KERNEL __global__ void\nKERNEL k("),
+        PLAIN.replace("void k(", "__global__ void k(const float *, const float *, float *, int, float);\nvoid k("),
+        matrix().replace("__global__ void", "__global__ void __launch_bounds__(64)"),
+        *(
+            matrix(SQUARED, before=SQUARE.format(qualifier=qualifier))
+            for qualifier in (
+                "__device__ ",
+                "static __host__ __device__ inline ",
+                "constexpr ",
+                "template <int> __device__ ",
+            )
+        ),
+        matrix("auto square = [](float v) { return v * v; };" + SQUARED, before=SQUARE.format(qualifier="")),
+        matrix(before="struct Sum { float s; Sum(float v) : s(v) {} float square() { return s * s; } };"),
+    ],
+)
+def test_qualifiers_that_may_be_there_are_not_missed(text):
+    assert missing_qualifier(text) is None
+
+
+# All blocks of a cooperative launch are resident, so one may wait for the others in a loop.
+SPIN = """#include "rms_norm_vector.h"
+#include <cuda_runtime.h>
+__device__ float total;
+__device__ int arrived;
+__global__ void k(const float *x, const float *w, float *y, int cols, float eps) {
+    float sum = 0;
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < cols; i += gridDim.x * blockDim.x) sum += x[i] * x[i];
+    atomicAdd(&total, sum);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        atomicAdd(&arrived, 1);
+        while (*(volatile int *)&arrived < gridDim.x) {
+        }
+    }
+    __syncthreads();
+    float scale = rsqrtf(*(volatile float *)&total / cols + eps);
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < cols; i += gridDim.x * blockDim.x)
+        y[i] = x[i] * scale * w[i];
+}
+void rms_norm_vector(float *input, float *weight, float *output, int cols, float epsilon) {
+    float zero = 0;
+    int none = 0;
+    cudaMemcpyToSymbol(total, &zero, sizeof zero);
+    cudaMemcpyToSymbol(arrived, &none, sizeof none);
+    void *arguments[] = {&input, &weight, &output, &cols, &epsilon};
+    cudaLaunchCooperativeKernel((void *)k, 4, 32, arguments);
+}
+"""
+
+
+@needs_compiler
+def test_a_barrier_of_ones_own_is_blocked_not_endless(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.grading.run.CASE_LIMIT_S", 1)
+    source = tmp_path / "rms_norm_vector.cu"
+    source.write_text(SPIN)
+    report = grade(get("rms_norm/vector"), source, Options(cases=("cols=33",), **OFFLINE))
+    assert report.outcome is Outcome.BLOCKED and "loop of their own" in report.lesson.text, report.lesson
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(matrix().replace("float sum = 0;", "float sum;"), id="sum"),
+        pytest.param(
+            matrix(ATOMIC.replace("float scale =", "float scale; if (threadIdx.x == 0) scale =")),
+            id="scale of thread 0",
+        ),
+    ],
+)
+def test_a_variable_that_nobody_set_is_named_and_no_race(tmp_path, text):
+    if not build._locals_hold(build.compiler(), "zero"):
+        pytest.skip("a compiler without the flag")
+    report = graded(tmp_path, text)
+    assert (report.outcome, report.lesson.id) == (Outcome.WRONG, "local-not-set"), report.lesson
+
+
+def test_rounding_of_a_wrong_sum_is_no_race():
+    """Where 0 is expected the tolerance is nearly 0: two orders of a wrong sum differ by more."""
+    lab = get("rms_norm/matrix")
+    case = next(case for case in lab.cases if case.values == "zeros")
+    got = np.full(case.sizes["rows"] * case.sizes["cols"], 0.98, np.float32)
+    orders = {FIRST: CaseRun(output=got, ran=True)}
+    orders[SCHEDULES[2]] = CaseRun(output=np.nextafter(got, np.float32(1)), ran=True)
+    assert races(evaluate(lab, case, inputs_of(lab, case), orders)) is None
+    orders[SCHEDULES[2]] = CaseRun(output=got * np.float32(1.001), ran=True)
+    assert races(evaluate(lab, case, inputs_of(lab, case), orders)) == "ascending and descending"
 
 
 @needs_compiler

@@ -85,6 +85,7 @@ struct Launch {  // kernel<<<grid, block, shared, stream>>>(arguments)
 };
 template <class... P, size_t... I>
 cudaError_t launch_with(void (*kernel)(P...), dim3 g, dim3 b, void **a, size_t shared, bool cooperative, std::index_sequence<I...>) {
+    for (void *argument : {a[I]...}) check_argument(argument);
     auto bound = [=] { kernel(*static_cast<std::remove_reference_t<P> *>(a[I])...); };
     (shut_argument(*static_cast<std::remove_reference_t<P> *>(a[I])), ...);
     cudaError_t error = emu_last(cudaError_t(launch(bound, g, b, shared, cooperative)));

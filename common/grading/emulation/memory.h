@@ -25,6 +25,7 @@ class DeviceMemoryOpen {  // device memory is reachable while one of these lives
 // Memory of malloc or new that a kernel is handed: no GPU can reach it, so it is out of reach while the kernel runs.
 void shut_host_memory(const void *pointer);
 void open_host_memory();
+void check_argument(const void *address);  // an entry of the array of a launch's arguments
 
 // For the harness
 struct Counts { size_t launches, copies, allocated_bytes; };

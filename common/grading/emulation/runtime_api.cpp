@@ -65,6 +65,12 @@ void open_host_memory() {
     shut.clear();
 }
 
+void check_argument(const void *address) {
+    auto region = find(address);
+    if (region != regions.end() && region->second.device)
+        fatal("kernel-arguments", "an entry of a launch's arguments is device memory, not the address of a host's variable");
+}
+
 void count_launch() { ++totals.launches; }
 Counts counts() { return totals; }
 void name_buffer(const char *name, const void *start, size_t bytes) { finding("buffer", "%s %p %zu", name, start, bytes); }
@@ -188,6 +194,10 @@ const char *cudaGetErrorName(cudaError_t error) {
         {cudaErrorMemoryAllocation, "cudaErrorMemoryAllocation"},
         {cudaErrorInvalidConfiguration, "cudaErrorInvalidConfiguration"},
         {cudaErrorInvalidPitchValue, "cudaErrorInvalidPitchValue"},
+        {cudaErrorInvalidMemcpyDirection, "cudaErrorInvalidMemcpyDirection"},
+        {cudaErrorInvalidDevice, "cudaErrorInvalidDevice"},
+        {cudaErrorHostMemoryAlreadyRegistered, "cudaErrorHostMemoryAlreadyRegistered"},
+        {cudaErrorHostMemoryNotRegistered, "cudaErrorHostMemoryNotRegistered"},
         {cudaErrorCooperativeLaunchTooLarge, "cudaErrorCooperativeLaunchTooLarge"}};
     auto it = names.find(error);
     return it == names.end() ? "another CUDA error" : it->second;

@@ -146,6 +146,7 @@ template <class Load, class Call> void call(const Job &job, const DeviceBuffer &
 #ifdef TLAB_EMULATION
         emu::Counts after = emu::counts();
         say("work %zu", after.launches - before.launches + after.copies - before.copies);
+        say("launches %zu", after.launches - before.launches);
         if (i > 0 && after.allocated_bytes > before.allocated_bytes)
             say("finding leak each call leaves %zu more bytes of device memory allocated", after.allocated_bytes - before.allocated_bytes);
 #endif

@@ -85,7 +85,17 @@ def _bytes(to_pitch: int, from_pitch: Callable[[int], int], width: int) -> Calla
     return predict
 
 
-_PITCH = "pitches and widths of cudaMemcpy2D are in bytes: elements were given"
+def _bytes_of_column(case: Case, inputs) -> np.ndarray:
+    """The column in one copy, whose size is its number of elements taken as bytes."""
+    rows = case.sizes["rows"]
+    column = np.ascontiguousarray(matrix(case, inputs)[:, 0])
+    target = np.full(rows, OUTPUT_FILL["nan"], dtype=np.uint32).view(np.uint8)
+    target[:rows] = column.view(np.uint8)[:rows]
+    untouched = target.view(np.uint32) == OUTPUT_FILL["nan"]
+    return np.where(untouched, UNWRITTEN, target.view(np.float32).astype(np.float64))
+
+
+_PITCH = "sizes, widths and pitches of copies are in bytes: elements were given"
 
 LAB = Lab(
     name="host_GPU",
@@ -97,6 +107,7 @@ LAB = Lab(
     make_inputs=make_inputs,
     expected=lambda case, inputs: matrix(case, inputs)[:, 0].astype(np.float64),
     tolerance=lambda case, inputs, result: np.zeros(1),
+    needs_kernel=False,
     mistakes=(
         Mistake("first-row", "that is the first row: column elements lie cols apart", _picked(lambda r, rows, cols: r)),
         Mistake("last-column", "that is the last column", _picked(lambda r, rows, cols: r * cols + cols - 1)),
@@ -116,19 +127,24 @@ LAB = Lab(
         Mistake("bytes-not-elements", _PITCH, _bytes(4, lambda cols: cols, 4)),
         Mistake("bytes-not-elements", _PITCH, _bytes(1, lambda cols: cols, 1)),
         Mistake("bytes-not-elements", _PITCH, _bytes(4, lambda cols: 4 * cols, 1)),
+        Mistake("bytes-not-elements", _PITCH, _bytes_of_column),
+        Mistake(
+            "first-element", "every row gets the first row's element", _picked(lambda r, rows, cols: np.zeros_like(r))
+        ),
         *(
             Mistake("tail-unwritten", f"the last rows are missing when rows is not a multiple of {b}", _whole_blocks(b))
             for b in (1024, 512, 256, 128, 64, 32)
         ),
         *(
-            Mistake("rows-missing", f"only the first {n} rows arrive", _first_rows(n))
+            Mistake("rows-missing", f"only the first {'row arrives' if n == 1 else f'{n} rows arrive'}", _first_rows(n))
             for n in (1, 32, 64, 128, 256, 512, 1024, 65535)
         ),
     ),
     hints={
         "tail-unwritten": "rows / block rounds down: (rows + block - 1) / block, and a guard `if (row < rows)`.",
         "first-row": "A plain cudaMemcpy takes what lies together. What takes a width, a height and two pitches?",
-        "bytes-not-elements": "Source pitch: cols * sizeof(float). Target pitch, width: sizeof(float). Height: rows.",
-        "rows-missing": "One block ends at 1024 threads.",
+        "bytes-not-elements": "A plain copy of a column: rows * sizeof(float). cudaMemcpy2D: source pitch"
+        " cols * sizeof(float), target pitch and width sizeof(float), height rows.",
+        "rows-missing": "How many rows does the copy, or the grid, cover? One block ends at 1024 threads.",
     },
 )

@@ -85,7 +85,7 @@ def formulas() -> tuple[Mistake, ...]:
     return (
         Mistake(
             "eps-ignored",
-            "epsilon is never added: rows of small values come out wrong",
+            "the argument epsilon is never added: rows of small values come out wrong",
             _formula(lambda x, w, e: x / np.sqrt(_mean(x)) * w),
         ),
         Mistake(
@@ -97,6 +97,19 @@ def formulas() -> tuple[Mistake, ...]:
             "eps-added-to-sum",
             "epsilon is added to the sum, before it is divided by cols",
             _formula(lambda x, w, e: x / np.sqrt(((x * x).sum(axis=1, keepdims=True) + e) / x.shape[1]) * w),
+        ),
+        *(
+            Mistake(
+                "eps-constant",
+                f"epsilon is always {constant:g}: it is an argument of the call",
+                _formula(lambda x, w, e, constant=constant: x / np.sqrt(_mean(x) + constant) * w),
+            )
+            for constant in (1e-6, 1e-5, 1e-8)
+        ),
+        Mistake(
+            "eps-outside-sqrt",
+            "epsilon is added to 1 / sqrt(mean): it belongs under the root",
+            _formula(lambda x, w, e: x * (1 / np.sqrt(_mean(x)) + e) * w),
         ),
         Mistake(
             "mean-not-divided",
@@ -126,11 +139,39 @@ def formulas() -> tuple[Mistake, ...]:
             "1 / cols is 0 for whole numbers: divide the sum, a float, by cols",
             _formula(lambda x, w, e: x / np.sqrt((x * x).sum(axis=1, keepdims=True) * (1 // x.shape[1]) + e) * w),
         ),
+        Mistake(
+            "divided-by-less",
+            "the sum is divided by cols - 1, as for a variance: the mean is over all cols",
+            _formula(lambda x, w, e: x / np.sqrt((x * x).sum(axis=1, keepdims=True) / (x.shape[1] - 1) + e) * w),
+        ),
+        *(
+            Mistake(
+                "divided-by-block",
+                f"the sum is divided by {block}, the number of threads: the mean is over cols elements",
+                _formula(lambda x, w, e, b=block: x / np.sqrt((x * x).sum(axis=1, keepdims=True) / b + e) * w),
+            )
+            for block in BLOCKS
+        ),
+        Mistake(
+            "input-missing",
+            "the output is weight / RMS: the input is not multiplied in",
+            _formula(lambda x, w, e: 0 * x + w / np.sqrt(_mean(x) + e)),
+        ),
+        Mistake(
+            "weight-divided",
+            "the weight is divided by: multiply",
+            _formula(lambda x, w, e: x / np.sqrt(_mean(x) + e) / w),
+        ),
         Mistake("mean-subtracted", "that is LayerNorm: RMSNorm does not subtract the mean", _formula(_variance_form)),
         Mistake(
             "squares-missing",
             "values are summed, not their squares",
             _formula(lambda x, w, e: x / np.sqrt(x.mean(axis=1, keepdims=True) + e) * w),
+        ),
+        Mistake(
+            "squares-missing",
+            "absolute values are summed, not squares",
+            _formula(lambda x, w, e: x / np.sqrt(np.abs(x).mean(axis=1, keepdims=True) + e) * w),
         ),
     )
 
@@ -209,6 +250,8 @@ def combining() -> tuple[Mistake, ...]:
     for times, who in ((32, "by every lane of a warp"), *((b, f"by all {b} threads of a block") for b in BLOCKS[:-1])):
         text = f"a sum that all have is added {who}, so it counts {times} times: let one thread add it"
         found.append(Mistake("counted-often", text, by_sum_of_squares(lambda c, x, n=times: n * (x**2).sum(axis=1))))
+    text = "the last step of the halving is missing (to 1: `> 0`, not `> 1`): the odd threads' sums are lost"
+    found.append(Mistake("last-step", text, by_sum_of_squares(lambda c, x: (x[:, ::2] ** 2).sum(axis=1))))
     for block in BLOCKS[:-1]:
         text = (
             f"the sums of the upper half of the threads are lost (blocks of {block}): a tree starts at blockDim.x / 2"

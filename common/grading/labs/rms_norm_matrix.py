@@ -20,6 +20,8 @@ CASES = (
     _case("shapes", 2, 1023),
     _case("shapes", 3, 1024),
     _case("shapes", 2, 1025, quick=True),
+    _case("shapes", 2, 512),  # these two tell blocks of 256 threads from those of 512 and 1024
+    _case("shapes", 3, 768),
     _case("shapes", 5, 127),
     _case("shapes", 37, 7),
     _case("shapes", 300, 3),
@@ -59,6 +61,11 @@ def _weight_by_row(case: Case, inputs) -> np.ndarray:
     return x / np.sqrt((x * x).mean(axis=1, keepdims=True) + case.epsilon) * picked
 
 
+def _mean_over_rows(case: Case, inputs) -> np.ndarray:
+    x, weight = rms_norm.arrays(case, inputs)
+    return x / np.sqrt((x * x).sum(axis=1, keepdims=True) / x.shape[0] + case.epsilon) * weight
+
+
 def _whole_matrix(case: Case, inputs) -> np.ndarray:
     x, weight = rms_norm.arrays(case, inputs)
     return x / np.sqrt((x * x).mean() + case.epsilon) * weight
@@ -94,6 +101,7 @@ LAB = Lab(
         *rms_norm.formulas(),
         Mistake("first-rows-scale", "every row is divided by the RMS of row 0", _row_scale_of_first),
         Mistake("weight-by-row", "the weight is indexed by the row: it has one element a column", _weight_by_row),
+        Mistake("divided-by-rows", "a row's sum is divided by rows: it has cols elements", _mean_over_rows),
         Mistake("column-major", "the matrix is row-major: its element [r][c] is at r * cols + c", _by_columns),
         Mistake("whole-matrix", "the mean is taken over the whole matrix, not over each row", _whole_matrix),
         *(

@@ -60,6 +60,10 @@ def _own_chunk_mean(block: int):
     return predict
 
 
+def _counted(times: int):
+    return rms_norm.by_sum_of_squares(lambda case, x: times * (x**2).sum(axis=1))
+
+
 _MANY = 1 << 30
 _OWN = "each block scales by its own partial sum: the blocks' sums must be added before anybody scales"
 
@@ -77,9 +81,14 @@ LAB = Lab(
         *rms_norm.formulas(),
         *rms_norm.reductions(),
         *(Mistake("own-block-sum", _OWN, _own_block(b, n)) for b in rms_norm.BLOCKS for n in (_MANY, 4, 8, 16, 32, 64)),
+        *(
+            Mistake("counted-often", f"each of {n} blocks adds the whole vector's sum: share the vector", _counted(n))
+            for n in (2, 4, 8, 16)
+        ),
         *(Mistake("own-block-sum", _OWN, _own_chunk_mean(b)) for b in rms_norm.BLOCKS),
     ),
     hints={
+        "counted-often": "threadIdx.x counts within a block; grid.thread_rank() and grid.size() share the vector.",
         "tail-dropped": "cols need not be a multiple of the grid: loop `for (i = rank; i < cols; i += grid.size())`.",
         "race": "Between the last block's addition to the sum and the first thread's use of it stands a grid.sync();"
         " so does one between setting the sum to zero and the first addition.",

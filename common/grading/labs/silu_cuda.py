@@ -50,6 +50,7 @@ LAB = Lab(
     hints={
         "overflow": "exp(89) is larger than any float. Divide numerator and denominator by exp(x).",
         "tail-unwritten": "n / block rounds down: launch (n + block - 1) / block blocks, and guard with `if (i < n)`.",
-        "one-block": "One block ends at 1024 threads: the grid needs as many blocks as it takes to cover n.",
+        "blocks-overlap": "int i = blockIdx.x * blockDim.x + threadIdx.x;",
+        "one-block": "i = blockIdx.x * blockDim.x + threadIdx.x, in as many blocks as it takes to cover n.",
     },
 )

@@ -58,6 +58,16 @@ def formulas() -> tuple[Mistake, ...]:
         ),
         Mistake("overflow", "exp(x) overflows for large x and inf / inf is NaN: use exp(-x)", _overflowing),
         Mistake("one-missing", "the 1 in 1 + exp(-x) is missing", _of(lambda x: x / np.exp(-x))),
+        Mistake(
+            "parentheses",
+            "x / 1 + exp(-x) is (x / 1) + exp(-x): put 1 + exp(-x) in parentheses",
+            _of(lambda x: x + np.exp(-x)),
+        ),
+        Mistake(
+            "parentheses",
+            "1 / 1 + exp(-x) is (1 / 1) + exp(-x): put 1 + exp(-x) in parentheses",
+            _of(lambda x: x * (1 + np.exp(-x))),
+        ),
         Mistake("squared", "x is multiplied in twice", _of(lambda x: x * x * _sigmoid(x))),
         Mistake("relu", "that is ReLU", _of(lambda x: np.maximum(x, 0))),
         Mistake("gelu", "that is GELU", _of(lambda x: 0.5 * x * (1 + erf(x / math.sqrt(2))))),
@@ -82,6 +92,21 @@ def _writing_only(count: Callable[[int], int]) -> Callable:
     return predict
 
 
+def _overlapping(block: int, step: Callable[[int], int]) -> Callable:
+    """Blocks whose first elements lie `step(blocks)` apart, where they should lie `block` apart."""
+
+    def predict(case: Case, inputs) -> np.ndarray:
+        result = silu(inputs[0])
+        blocks = -(-result.size // block)
+        at = (np.arange(blocks)[:, None] * step(blocks) + np.arange(block)).ravel()
+        missed = np.ones(result.size, dtype=bool)
+        missed[at[at < result.size]] = False
+        result[missed] = UNWRITTEN
+        return result
+
+    return predict
+
+
 def coverage() -> tuple[Mistake, ...]:
     """Grids that miss a part, for the usual block sizes."""
     found = []
@@ -89,6 +114,9 @@ def coverage() -> tuple[Mistake, ...]:
         text = f"the last elements are never written when n is not a multiple of {block}"
         found.append(Mistake("tail-unwritten", text, _writing_only(lambda n, b=block: n // b * b)))
     for block in (1024, 512, 256, 128, 64, 32):
-        text = f"only the first {block} elements are written: the grid has one block"
+        text = f"only the first {block} elements are written: the grid has one block, or all blocks take the same"
         found.append(Mistake("one-block", text, _writing_only(lambda n, b=block: min(n, b))))
+        text = f"blocks overlap: the first element of a block is its number times {block}, the elements of a block"
+        for step in (lambda blocks: blocks, lambda blocks: 1):
+            found.append(Mistake("blocks-overlap", text, _overlapping(block, step)))
     return tuple(found)

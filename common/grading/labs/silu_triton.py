@@ -79,6 +79,15 @@ def _first_memory(case: Case, inputs) -> np.ndarray:
     return silu_formulas.silu(memory[:n])
 
 
+def _written_in_order(case: Case, inputs) -> np.ndarray:
+    """The elements in their order, in an output that was made like the input."""
+    result = silu_formulas.silu(inputs[0])
+    if case.layout == "transposed":
+        rows, cols = two_sides(result.size)
+        result = result.reshape(cols, rows).T.ravel()
+    return result
+
+
 def backing(case: Case, x: np.ndarray) -> np.ndarray:
     """What lies in memory from the input's first element on, for each layout (the worker lays it out so)."""
     n = x.size
@@ -119,6 +128,11 @@ LAB = Lab(
             "memory is read in order, as if the input were contiguous: its strides say otherwise",
             _first_memory,
         ),
+        Mistake(
+            "output-strides",
+            "the output is written in order of memory, but its strides are those of the transposed input",
+            _written_in_order,
+        ),
         Mistake("half-precision", "exp is computed in float16, which overflows: load, then .to(tl.float32)", _half_exp),
         *silu_formulas.coverage(),
     ),
@@ -126,6 +140,9 @@ LAB = Lab(
     hints={
         "out-of-bounds": "The last program has offsets beyond n: mask=offsets < n, in the load and in the store.",
         "strides-ignored": "input.contiguous() is a copy in order; or compute addresses from the strides.",
-        "one-block": "The grid is the number of programs: triton.cdiv(n, BLOCK).",
+        "no-kernel": "Write silu_kernel, and launch it: silu_kernel[grid](...). silu_torch.py is the reference only.",
+        "output-strides": "torch.empty_like(input) keeps the strides of a transposed input: empty_like(x) of the copy.",
+        "blocks-overlap": "tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)",
+        "one-block": "tl.program_id(0) * BLOCK? The grid is the number of programs: triton.cdiv(n, BLOCK).",
     },
 )
