@@ -19,7 +19,11 @@ def parser(lab_name: str) -> argparse.ArgumentParser:
     )
     which.add_argument("--solution", type=int, metavar="N", help="grade step N of solutions/")
     p.add_argument(
-        "--case", action="append", default=[], metavar="NAME", help="only cases whose name contains NAME; repeatable"
+        "--case",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only the case called NAME, else those whose names contain NAME; repeatable",
     )
     p.add_argument("--list", action="store_true", help="list the cases and stop")
     p.add_argument(

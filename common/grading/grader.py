@@ -29,21 +29,25 @@ class Options:
 
 
 def choose_cases(lab: Lab, options: Options, *, on_gpu: bool = False) -> list[Case]:
-    """The cases to run; UserError names a pattern that fits none."""
+    """The cases to run: of each pattern the case that is called so, else all whose names contain it.
+
+    UserError names a pattern that fits none.
+    """
     chosen = [case for case in lab.cases if (case.quick or not options.quick) and (on_gpu or not case.gpu_only)]
     if not options.cases:
         return chosen
+    found = set()
     for pattern in options.cases:
-        if not any(pattern in case.name for case in lab.cases):
+        named = [case for case in lab.cases if pattern == case.name] or [c for c in lab.cases if pattern in c.name]
+        if not named:
             raise UserError(
                 f"--case {pattern}: no case of {lab.name} is called so; try {lab.cases[0].name} (--list shows all)"
             )
-    runnable = [case for case in lab.cases if on_gpu or not case.gpu_only]
-    exact = [case for case in runnable if case.name in options.cases]
-    found = exact or [case for case in runnable if any(pattern in case.name for pattern in options.cases)]
-    if not found:
-        raise UserError(f"--case {options.cases[0]}: that case needs a GPU")
-    return found
+        runnable = {case.name for case in named if on_gpu or not case.gpu_only}
+        if not runnable:
+            raise UserError(f"--case {pattern}: that case needs a GPU")
+        found |= runnable
+    return [case for case in lab.cases if case.name in found]
 
 
 def grade(lab: Lab, source: Path, options: Options = Options()) -> Report:

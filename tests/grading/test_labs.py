@@ -218,6 +218,18 @@ def test_a_part_of_the_cases_does_not_claim_a_full_total(tmp_path):
     assert quick.possible == 70 and "left out" in quick.notes[-1]
 
 
+def test_each_case_option_counts():
+    """`--case n=33 --case wide`: the case called n=33 and not n=333, and beside it those that contain `wide`."""
+    from common.errors import UserError
+    from common.grading.grader import choose_cases
+
+    lab = get("silu/CUDA")
+    chosen = choose_cases(lab, Options(cases=("wide", "n=1")))
+    assert [case.name for case in chosen] == ["n=1", "n=999,wide"]
+    with pytest.raises(UserError, match="n=100000007: that case needs a GPU"):
+        choose_cases(lab, Options(cases=("n=1", "n=100000007")))
+
+
 def test_hidden_cases_are_hidden_in_gradescope_only():
     from common.grading.outcome import CaseResult, Report
     from common.grading.scorecard import gradescope
