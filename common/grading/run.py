@@ -264,6 +264,8 @@ _FATAL = (
     "grid-sync-without-cooperative-launch",
     "device-code-on-host",
     "kernel-arguments",
+    "host-pointer",
+    "caller-memory",
     "out-of-memory",
     "blocked",
     "launch-error",
@@ -287,6 +289,8 @@ def _crash(code: int, stopped: str | None, log: Path, run: CaseRun, limit: int, 
     if stopped or code == -signal.SIGALRM:
         return Crash("timeout", f"the call did not end within {limit} s")
     if match := re.search(r"([^\s/]+\.cu):(\d+):\d+: runtime error: (.*misaligned address.*)", text):
+        if re.search(r"0x(fefe|aaaa)", match[3]):  # what a variable holds that nobody set (build.py)
+            return Crash("unset-pointer", f"line {match[2]}")
         what = re.sub(r" 0x[0-9a-f]+", "", match[3])
         return Crash("misaligned", f"line {match[2]}: {what}")
     if match := re.search(r"ERROR: AddressSanitizer:? ([\w-]+)", text):

@@ -232,6 +232,16 @@ def test_a_variable_that_nobody_set_is_named_and_no_race(tmp_path, text):
     assert (report.outcome, report.lesson.id) == (Outcome.WRONG, "local-not-set"), report.lesson
 
 
+@needs_compiler
+def test_a_pointer_that_a_failed_call_left_unset_is_named(tmp_path):
+    if not build._locals_hold(build.compiler(), "pattern"):
+        pytest.skip("a compiler without the flag")
+    failing = "float *out; cudaHostGetDevicePointer(&out, output, 0); " + LAUNCH.replace("output", "out")
+    report = graded(tmp_path, matrix(launch=failing))
+    assert (report.outcome, report.lesson.id) == (Outcome.CRASHES, "local-not-set"), report.lesson
+    assert "failed call" in report.lesson.text
+
+
 def test_rounding_of_a_wrong_sum_is_no_race():
     """Where 0 is expected the tolerance is nearly 0: two orders of a wrong sum differ by more."""
     lab = get("rms_norm/matrix")

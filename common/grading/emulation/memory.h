@@ -30,6 +30,7 @@ void check_argument(const void *address);  // an entry of the array of a launch'
 // For the harness
 struct Counts { size_t launches, copies, allocated_bytes; };
 Counts counts();
-void name_buffer(const char *name, const void *start, size_t bytes);
+void name_buffer(const char *name, const void *start, size_t bytes);  // the caller's: a call must not free it
+void give_back(const void *start);  // it may be freed now
 
 }  // namespace emu

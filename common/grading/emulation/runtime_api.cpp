@@ -12,7 +12,7 @@ struct emuEvent { double milliseconds; };
 
 namespace emu {
 
-struct Region { size_t bytes; bool device, mapped, registered; };
+struct Region { size_t bytes; bool device, mapped, registered; const char *of_caller = nullptr; };
 static std::map<const char *, Region> regions;  // by start
 static Counts totals{};
 static cudaError_t last_error = cudaSuccess;
@@ -48,8 +48,11 @@ DeviceMemoryOpen::~DeviceMemoryOpen() {
 }
 
 static std::vector<std::pair<void *, size_t>> shut;
+extern "C" char **environ;  // lies above everything on the stack
 void shut_host_memory(const void *pointer) {
     if (!pointer || find(pointer) != regions.end()) return;
+    if (pointer > __builtin_frame_address(0) && pointer < static_cast<const void *>(environ))
+        fatal("host-pointer", "a kernel is given the address of a local variable of the host's");
 #ifdef EMU_ASAN
     char name[1];
     void *start = nullptr;
@@ -73,7 +76,13 @@ void check_argument(const void *address) {
 
 void count_launch() { ++totals.launches; }
 Counts counts() { return totals; }
-void name_buffer(const char *name, const void *start, size_t bytes) { finding("buffer", "%s %p %zu", name, start, bytes); }
+void name_buffer(const char *name, const void *start, size_t bytes) {
+    finding("buffer", "%s %p %zu", name, start, bytes);
+    if (auto it = find(start); it != regions.end()) it->second.of_caller = name;
+}
+void give_back(const void *start) {
+    if (auto it = find(start); it != regions.end()) it->second.of_caller = nullptr;
+}
 size_t shared_memory_limit() { return dynamic_limit; }
 unsigned resident_blocks(int threads, size_t shared_bytes) {
     if (threads < 1 || threads > 1024) return 0;
@@ -131,6 +140,7 @@ static cudaError_t release(void *pointer, bool device) {
     if (!pointer) return cudaSuccess;
     auto it = regions.find(static_cast<char *>(pointer));
     if (it == regions.end() || it->second.device != device || it->second.registered) return emu_last(cudaErrorInvalidValue);
+    if (it->second.of_caller) fatal("caller-memory", "`%s` is freed", it->second.of_caller);
     if (device) totals.allocated_bytes -= it->second.bytes;
     __asan_unpoison_memory_region(pointer, it->second.bytes);
     regions.erase(it);
@@ -172,7 +182,10 @@ cudaError_t cudaMemset(void *device, int value, size_t bytes) {
 cudaError_t cudaMemcpy2D(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height,
                          cudaMemcpyKind kind) {
     if (!width || !height) return cudaSuccess;
-    if (width > to_pitch || width > from_pitch) return emu_last(cudaErrorInvalidPitchValue);
+    if (width > to_pitch || width > from_pitch) {
+        finding("copy-pitch", "width %zu, pitches %zu (target) and %zu (source)", width, to_pitch, from_pitch);
+        return emu_last(cudaErrorInvalidPitchValue);
+    }
     if (kind < cudaMemcpyHostToHost || kind > cudaMemcpyDefault) return emu_last(cudaErrorInvalidMemcpyDirection);
     if (kind != cudaMemcpyDefault) {
         bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;

@@ -22,6 +22,9 @@ std::vector<float> run_case(const harness::Job &job, harness::Inputs &inputs) {
     if (memcmp(h_A, a.data(), count * sizeof(float)) != 0) harness::say("finding input-changed h_A is not what it was before the call");
     d_A.check_guards();
     std::vector<float> output = d_A.take();
+#ifdef TLAB_EMULATION
+    emu::give_back(h_A);
+#endif
     cudaFreeHost(h_A);
     return output;
 }

@@ -72,7 +72,12 @@ class DeviceBuffer {
 #endif
     }
     DeviceBuffer(const DeviceBuffer &) = delete;
-    ~DeviceBuffer() { cudaFree(base_); }
+    ~DeviceBuffer() {
+#ifdef TLAB_EMULATION
+        emu::give_back(base_);
+#endif
+        cudaFree(base_);
+    }
     float *get() const { return reinterpret_cast<float *>(base_ + kGuard); }
     // Before the call an output holds words that nothing else does: NaNs, or (the grader's second pattern) large values.
     void fill_as_output() const {

@@ -140,6 +140,11 @@ def formulas() -> tuple[Mistake, ...]:
             _formula(lambda x, w, e: x / np.sqrt((x * x).sum(axis=1, keepdims=True) * (1 // x.shape[1]) + e) * w),
         ),
         Mistake(
+            "divided-twice",
+            "the sum is divided by cols twice",
+            _formula(lambda x, w, e: x / np.sqrt(_mean(x) / x.shape[1] + e) * w),
+        ),
+        Mistake(
             "divided-by-less",
             "the sum is divided by cols - 1, as for a variance: the mean is over all cols",
             _formula(lambda x, w, e: x / np.sqrt((x * x).sum(axis=1, keepdims=True) / (x.shape[1] - 1) + e) * w),
