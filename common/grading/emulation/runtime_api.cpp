@@ -8,7 +8,7 @@
 #include <time.h>
 #include <vector>
 
-struct emuEvent { double milliseconds; };
+struct CUevent_st { double milliseconds; };
 
 namespace emu {
 
@@ -243,7 +243,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device) {
     return cudaSuccess;
 }
 
-cudaError_t cudaEventCreate(cudaEvent_t *event) { return *event = new emuEvent{0.0}, cudaSuccess; }
+cudaError_t cudaEventCreate(cudaEvent_t *event) { return *event = new CUevent_st{0.0}, cudaSuccess; }
 cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
     timespec now;

@@ -36,8 +36,8 @@ struct cudaDeviceProp {  // of the emulated device; its sizes are in memory.h
     int maxBlocksPerMultiProcessor = emu::kBlocksPerMultiprocessor, l2CacheSize = 1 << 20;
     int regsPerBlock = 65536, regsPerMultiprocessor = 65536;
 };
-typedef struct emuStream *cudaStream_t;
-typedef struct emuEvent *cudaEvent_t;
+typedef struct CUstream_st *cudaStream_t;
+typedef struct CUevent_st *cudaEvent_t;
 static cudaStream_t const cudaStreamPerThread = nullptr, cudaStreamLegacy = nullptr;
 
 cudaError_t emu_malloc(void **pointer, size_t bytes);
