@@ -29,6 +29,8 @@ SUSPECT_PERCENT = 105
 def main(args) -> None:
     import torch
 
+    typed = ["preset"] if args.preset != "auto" else []
+    cli.refuse_unused(args, [*typed, "warmup", "no_plot"], "the bench has its own sizes and no picture; leave it out")
     if not torch.cuda.is_available() or args.device == "cpu":
         raise UserError("common.kernels.bench measures CUDA kernels: no CUDA device is visible (or --device cpu)")
     from common import roofline

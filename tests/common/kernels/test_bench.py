@@ -13,6 +13,12 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("typed", [["--preset", "quick"], ["--warmup", "3"], ["--no-plot"]])
+def test_what_the_bench_would_ignore_is_refused(typed, tmp_path):
+    with pytest.raises(UserError, match=typed[0]):
+        bench.main(bench.build_parser().parse_args([*typed, "--out", str(tmp_path)]))
+
+
 def test_kernels_are_chosen_by_name():
     assert bench.chosen("silu_mul, rms_norm", bench_cases.CASES) == ["silu_mul", "rms_norm"]
     with pytest.raises(UserError, match="rms_nrom"):
