@@ -58,9 +58,8 @@ class PretrainedTokenizer(_PromptText):
         try:
             self._hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds here; each means unusable tokenizer files
-            raise UserError(
-                f"{folder}: its tokenizer cannot be read ({first_line(error)}); add tokenizer.json"
-            ) from None
+            remedy = "fetch tokenizer.json anew" if (folder / "tokenizer.json").exists() else "add tokenizer.json"
+            raise UserError(f"{folder}: its tokenizer cannot be read ({first_line(error)}); {remedy}") from None
         self.eos_token_ids = config.eos_token_ids
         if len(self._hf) > config.vocab_size:
             raise UserError(

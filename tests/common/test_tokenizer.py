@@ -180,4 +180,7 @@ def test_broken_tokenizer_files_are_one_line(tmp_path):
         (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
         with pytest.raises(UserError, match="tokenizer cannot be read") as caught:
             PretrainedTokenizer(tmp_path, TINY)
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(caught.value) and str(caught.value).endswith("; fetch tokenizer.json anew")
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="; add tokenizer.json$"):
+        PretrainedTokenizer(tmp_path, TINY)
