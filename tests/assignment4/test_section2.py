@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -253,3 +255,15 @@ def test_allreduce_profile(tmp_path):
         assert row["time_us_p10"] <= row["time_us"] <= row["time_us_p90"]
     assert (tmp_path / "profile_allreduce.png").read_bytes().startswith(b"\x89PNG")
     assert "profiling gloo between 2 CPU processes instead" in done.stdout
+
+
+def test_sentences_are_about_the_smallest_and_largest_batch_wherever_their_rows_stand():
+    """--resume appends what was missing behind larger ones."""
+    sizes = dict(time_us=1000.0, memory_bytes=1, bytes_read=1, world=2, allreduce_share=0.5, speed_up=None)
+    rows = [sizes | {"batch_size": n, "tokens_per_s": 10.0 * n} for n in (2, 8, 1, 4)]
+    args = SimpleNamespace(input_length=8, output_lengths=[2, 4])
+    loaded = SimpleNamespace(exp=SimpleNamespace(args=args, floor_s=lambda tokens: 1e-4))
+    one = runpy.run_path(str(SECTION / "transformer-w3l1.py"))["conclusion"](loaded, rows)
+    assert one.startswith("a step of batch 1 took 1 ms") and "batch 8 gave 80 tokens/s" in one
+    two = runpy.run_path(str(SECTION / "transformer-tp2.py"))["conclusion"](rows, "cuda")
+    assert two.startswith("on 2 processes a step of batch 1 took 1 ms")
