@@ -38,8 +38,10 @@ def missing_qualifier(source: str) -> tuple[int, str] | None:
             continue
         body = code[caller.end() - 1 : closing_bracket(code, caller.end() - 1)]
         for name, called in once.items():
-            if _runs_on_device(name, called, code) or re.search(rf"\b{name}\s*=|[\w>&*]\s+{name}\s*[;,({{=]", body):
-                continue  # declared again in the body: a lambda, a variable
+            again = rf"\b{name}\s*=|[\w>&*]\s+{name}\s*[;,({{=]"  # declared in the body: a lambda, a variable
+            parameter = re.search(rf"\b{name}\b", caller["parameters"])
+            if parameter or _runs_on_device(name, called, code) or re.search(again, body):
+                continue
             if call := re.search(rf"(?<![\w.>:]){name}\s*\(", body):
                 line = code.count("\n", 0, caller.end() - 1 + call.start()) + 1
                 return line, f"`{name}` is called in a kernel, so it is __device__"

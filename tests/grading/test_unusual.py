@@ -167,6 +167,7 @@ def test_what_only_nvcc_would_refuse_is_found_without_it(tmp_path, text, said):
         ),
         matrix("auto square = [](float v) { return v * v; };" + SQUARED, before=SQUARE.format(qualifier="")),
         matrix(before="struct Sum { float s; Sum(float v) : s(v) {} float square() { return s * s; } };"),
+        "float g(float v) { return v; }\ntemplate <class G> __global__ void k(float *x, G g) { x[0] = g(x[0]); }\n",
     ],
 )
 def test_qualifiers_that_may_be_there_are_not_missed(text):
