@@ -20,7 +20,7 @@ import argparse
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -211,7 +211,7 @@ def apply_preset(args: argparse.Namespace, presets: Mapping[str, Mapping[str, An
 
     `presets` maps quick, laptop and course to {option name as in args: value}; `repeats` and `warmup` may be among
     them (else 5 and 1). `args.preset` becomes the resolved name, so provenance records it. The returned set answers
-    `clip_sweep(..., typed="seq_lens" in typed)`.
+    `clip_option(args, "seq_lens", ..., typed=typed)`.
     """
     args.preset = preset_name(args, device_type)
     sizes = {"repeats": DEFAULT_REPEATS, "warmup": DEFAULT_WARMUP, **presets[args.preset]}
@@ -245,6 +245,16 @@ def clip_sweep(values: Sequence[int], limit: int, *, typed: bool, what: str, opt
     return kept
 
 
+def clip_option(args: argparse.Namespace, name: str, limit: int, *, typed: Container[str], what: str) -> list[int]:
+    """`clip_sweep` of the option `name` (as in args), which its lines name; typed: what `apply_preset` returned."""
+    return clip_sweep(getattr(args, name), limit, typed=name in typed, what=what, option=option_name(name))
+
+
+def option_name(name: str) -> str:
+    """kv_lens -> --kv-lens."""
+    return f"--{name.replace('_', '-')}"
+
+
 def _size_name(value: int) -> str:
     return f"2^{value.bit_length() - 1}" if value >= 1024 and value & (value - 1) == 0 else str(value)
 
@@ -275,7 +285,7 @@ def refuse_unused(args: argparse.Namespace, names: Sequence[str], why: str) -> N
     """
     for name in names:
         if getattr(args, name) not in (None, False, ()):
-            raise UserError(f"--{name.replace('_', '-')}: {why}")
+            raise UserError(f"{option_name(name)}: {why}")
 
 
 def typed_prompts(args: argparse.Namespace) -> list[str] | None:

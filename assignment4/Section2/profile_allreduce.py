@@ -66,12 +66,12 @@ def profile(args, world):
     from common import results
     from common.allreduce import profile as allreduce_profile
 
-    options = {f"--{n.replace('_', '-')}": v for n, v in vars(args).items() if n not in ("out", "debug", "no_plot")}
+    options = {cli.option_name(n): v for n, v in vars(args).items() if n not in ("out", "debug", "no_plot")}
     world.require_same("option", options)
     typed = cli.apply_preset(args, PRESETS, world.device.type)
     if world.device.type == "cpu":
         what = "the largest size profiled between CPU processes:"
-        args.bytes = cli.clip_sweep(args.bytes, MAX_CPU_BYTES, typed="bytes" in typed, what=what, option="--bytes")
+        args.bytes = cli.clip_option(args, "bytes", MAX_CPU_BYTES, typed=typed, what=what)
     dtype = getattr(torch, args.dtype) if args.dtype != "auto" else allreduce_profile.default_dtype(world.device)
     points = [(None, num_bytes) for num_bytes in args.bytes]
     points += [(batch_size, batch_size * HIDDEN_SIZE * dtype.itemsize) for batch_size in args.batch_sizes]

@@ -69,7 +69,7 @@ def reference_options(args):
         value = getattr(args, name)
         if value is not None:
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            options += [f"--{name.replace('_', '-')}", text]
+            options += [cli.option_name(name), text]
     return options + [f"--{name}" for name in ("resume", "debug") if getattr(args, name)]
 
 
@@ -83,7 +83,7 @@ def run(args, world):
     from common.tensor_parallel import experiment as tp_experiment
     from common.tensor_parallel.sharding import shard_of
 
-    options = {f"--{n.replace('_', '-')}": v for n, v in vars(args).items() if n not in OWN_OPTIONS}
+    options = {cli.option_name(n): v for n, v in vars(args).items() if n not in OWN_OPTIONS}
     world.require_same("option", options)
     out = cli.output_dir(args, __file__) if world.is_first else None
     prompts = world.broadcast(cli.typed_prompts(args) if world.is_first else None)

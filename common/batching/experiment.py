@@ -69,7 +69,7 @@ def check_options(args: argparse.Namespace) -> None:
     if args.requests is not None:
         request_sets.check_source(args.requests)
         if args.requests not in request_sets.NAMES and not args.simulate:  # without a model nothing is gained by it
-            request_sets.load(args.requests, count=args.num_requests)
+            request_sets.check_file(args.requests, count=args.num_requests)
     if "hf" not in args.compare:
         cli.refuse_unused(args, ["hf_batch_size"], "a size of --compare hf; add that or leave it out")
     if args.simulate and not distributed.is_rank():  # ranks are told that there is no simulation for them

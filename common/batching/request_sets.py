@@ -11,9 +11,10 @@ Lengths and ids come from a seed, so two students, and two engines, get the same
 """
 
 import csv
+import itertools
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -103,6 +104,18 @@ def check_source(source: str) -> None:
         raise UserError(f"--requests {source}: neither a file nor one of {', '.join(NAMES)}")
 
 
+def check_file(source: str, *, count: int | None = None) -> None:
+    """UserError for a file that `load` would refuse, without drawing a trace's ids: of a long one that takes long."""
+    path = Path(source)
+    rows = _azure_rows(path, count=count) if path.suffix == ".csv" else read_jsonl(path, count=count)
+    _refuse_empty(source, list(rows))
+
+
+def _refuse_empty(source: str, requests: Sequence) -> None:
+    if not requests:
+        raise UserError(f"--requests {source}: no requests in it")
+
+
 def load(
     source: str, *, count: int | None = None, vocab_size: int = USED_VOCAB, seed: int = 0, **shape: float
 ) -> list[InputRequest]:
@@ -129,8 +142,7 @@ def load(
         requests = read_azure_csv(path, vocab_size=vocab_size, seed=seed, count=count)
     else:
         requests = read_jsonl(path, count=count)
-    if not requests:
-        raise UserError(f"--requests {source}: no requests in it")
+    _refuse_empty(source, requests)
     return requests
 
 
@@ -165,16 +177,23 @@ def read_azure_csv(
 
     Source of the form: Azure/AzurePublicDataset, AzureLLMInferenceDataset2023 and 2024.
     """
+    draw = random.Random(seed)
+    return [
+        InputRequest(
+            prompt_token_ids=random_prompt(draw, prompt_len, vocab_size), output_len=output_len, arrival_time=time
+        )
+        for time, prompt_len, output_len in _azure_rows(path, count=count)
+    ]
+
+
+def _azure_rows(path: Path, *, count: int | None) -> Iterator[tuple[float, int, int]]:
+    """(seconds after the first row, prompt tokens, output tokens) of each line, or of the first `count`."""
     rows = csv.DictReader(_lines(path))
     missing = [name for name in AZURE_COLUMNS if name not in (rows.fieldnames or [])]
     if missing:
         raise UserError(f"{path}: no column {', '.join(missing)}; an Azure trace has {', '.join(AZURE_COLUMNS)}")
-    draw = random.Random(seed)
-    requests: list[InputRequest] = []
     first: float | None = None
-    for row in rows:
-        if len(requests) == count:
-            break
+    for row in itertools.islice(rows, count):
         try:
             time = _timestamp_s(row["TIMESTAMP"])
             prompt_len, output_len = (_num_tokens(name, row[name]) for name in AZURE_COLUMNS[1:])
@@ -183,9 +202,7 @@ def read_azure_csv(
                 raise ValueError("earlier than the first row")
         except ValueError as error:
             raise UserError(f"{path}, line {rows.line_num}: {error}") from None
-        prompt = random_prompt(draw, prompt_len, vocab_size)
-        requests.append(InputRequest(prompt_token_ids=prompt, output_len=output_len, arrival_time=time - first))
-    return requests
+        yield time - first, prompt_len, output_len
 
 
 def _num_tokens(name: str, text: str | None) -> int:

@@ -59,11 +59,11 @@ def points(args: argparse.Namespace, setup: Setup) -> list[tuple[str, int, int, 
     engine, prompt, output = setup.engines[0], args.scale_prompt, args.scale_output
     pages, page_size = engine.num_free_pages, engine.page_size
     most = pages // pages_for(prompt + output - 1, page_size)
-    typed, what = "batch_sizes" in setup.typed, "requests that the pool of pages holds:"
-    sizes = cli.clip_sweep(args.batch_sizes, most, typed=typed, what=what, option="--batch-sizes")
+    what = "requests that the pool of pages holds:"
+    sizes = cli.clip_option(args, "batch_sizes", most, typed=setup.typed, what=what)
     context = min(engine.max_context, pages // args.scale_in_flight * page_size)
-    typed, what = "kv_lens" in setup.typed, "tokens that context and pool of pages hold:"
-    lengths = cli.clip_sweep(args.kv_lens, context, typed=typed, what=what, option="--kv-lens")
+    what = "tokens that context and pool of pages hold:"
+    lengths = cli.clip_option(args, "kv_lens", context, typed=setup.typed, what=what)
     shortest = min(lengths)
     if shortest <= output:
         raise UserError(f"--kv-lens: {shortest} tokens hold no prompt beside {output} output tokens; give longer ones")

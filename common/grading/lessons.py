@@ -16,6 +16,7 @@ from common.grading.run import FIRST, CaseRun
 
 MOST_COMPARED = 8  # failing cases that a wrong formula is compared with
 
+_HOST_POINTER = "device-touches-host", "a kernel cannot follow a pointer of the host's: copy to memory of cudaMalloc"
 # kind of crash or finding -> (lesson, what it means)
 FINDINGS = {
     "divergent-barrier": (
@@ -58,10 +59,7 @@ FINDINGS = {
         "kernel-arguments",
         "the array of a kernel's arguments holds addresses of variables: &input, and not input",
     ),
-    "host-pointer": (
-        "device-touches-host",
-        "a kernel cannot follow a pointer of the host's: copy to memory of cudaMalloc",
-    ),
+    "host-pointer": _HOST_POINTER,
     "unset-pointer": ("local-not-set", "a pointer is followed that nobody has set, or that a failed call has not set"),
     "caller-memory": ("caller-memory", "the buffers belong to the caller: the call must not free them"),
     "copy-pitch": ("copy-pitch", "a row of a copy is wider than a pitch: the width is that of the column, in bytes"),
@@ -69,10 +67,7 @@ FINDINGS = {
         "host-touches-device",
         "the host cannot follow a device pointer: copy, or use a kernel",
     ),
-    "asan-device-touches-host": (
-        "device-touches-host",
-        "a kernel cannot follow a pointer of the host's: copy to memory of cudaMalloc",
-    ),
+    "asan-device-touches-host": _HOST_POINTER,
     "misaligned": ("misaligned", "a vector load or store needs an address that is a multiple of its size"),
     "timeout": ("endless", "the call never ends"),
     "out-of-memory": ("out-of-memory", "the call uses too much memory"),

@@ -26,13 +26,13 @@ def missing_qualifier(source: str) -> tuple[int, str] | None:
             functions.setdefault(match["name"], []).append(match)
     once = {name: found[0] for name, found in functions.items() if len(found) == 1 and name not in macros}
     for launch in _LAUNCH.finditer(code):
-        kernel = once.get(launch["name"])
-        if kernel and not re.search(rf"__global__[^;{{}}]*\b{launch['name']}\s*\(", code):
-            return _line(
-                code, kernel
-            ), f"`{launch['name']}` is launched, so it is __global__ void {launch['name']}(...)"
-        if kernel and "__global__" in kernel["head"] and "void" not in kernel["head"]:
-            return _line(code, kernel), f"a kernel returns nothing: __global__ void {launch['name']}(...)"
+        name = launch["name"]
+        if not (kernel := once.get(name)):
+            continue
+        if not re.search(rf"__global__[^;{{}}]*\b{name}\s*\(", code):
+            return _line(code, kernel), f"`{name}` is launched, so it is __global__ void {name}(...)"
+        if "__global__" in kernel["head"] and "void" not in kernel["head"]:
+            return _line(code, kernel), f"a kernel returns nothing: __global__ void {name}(...)"
     for caller in (m for found in functions.values() for m in found):
         if not re.search(r"__global__|__device__", caller["head"]):
             continue

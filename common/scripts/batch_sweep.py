@@ -63,8 +63,8 @@ def batches_that_fit(exp: Experiment, longest_prompt: int) -> list[int]:
     limit = int(0.9 * free // row_bytes)
     if limit < 1:
         raise UserError(f"--input-length: one row takes {human_bytes(row_bytes)}; {human_bytes(free)} are free")
-    typed, what = "batch_sizes" in exp.typed, f"what {human_bytes(free)} of free memory hold:"
-    return cli.clip_sweep(exp.args.batch_sizes, limit, typed=typed, what=what, option="--batch-sizes")
+    what = f"what {human_bytes(free)} of free memory hold:"
+    return cli.clip_option(exp.args, "batch_sizes", limit, typed=exp.typed, what=what)
 
 
 def bytes_of_a_row(exp: Experiment, prompt_tokens: int) -> int:

@@ -168,9 +168,7 @@ class Sweeps:
         return lengths
 
     def _clip(self, name: str, limit: int, what: str) -> list[int]:
-        option = f"--{name.replace('_', '-')}"
-        typed = name in self.exp.typed
-        return cli.clip_sweep(getattr(self.args, name), limit, typed=typed, what=what, option=option)
+        return cli.clip_option(self.args, name, limit, typed=self.exp.typed, what=what)
 
     def _requests_that_fit(self, tokens: int) -> int:
         return max(self.engine.pool.capacity // pages_for(tokens, self.engine.pool.page_size), 1)
@@ -188,7 +186,8 @@ class Sweeps:
         return Run.of(stamps, equal_works(len(prompts), len(prompts[0]), output_len))
 
     def _repeat(self, name: str, batch: int, prompt: int, output_len: int, count: int) -> list[Run]:
-        return [self._run(name, self._prompt_ids(batch, prompt), output_len) for _ in range(count)]
+        prompts = self._prompt_ids(batch, prompt)
+        return [self._run(name, prompts, output_len) for _ in range(count)]
 
     def _prompt_ids(self, batch: int, prompt: int) -> list[list[int]]:
         return [self.exp.tokenizer.prompt_of_length(prompt, 31 * row) for row in range(batch)]

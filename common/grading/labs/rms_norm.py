@@ -82,6 +82,11 @@ def _writing_only(covered: Callable[[int], int]) -> Callable:
 
 def formulas() -> tuple[Mistake, ...]:
     """Mistakes in the formula itself."""
+    return (*_epsilon_formulas(), *_scale_formulas(), *_operand_formulas())
+
+
+def _epsilon_formulas() -> tuple[Mistake, ...]:
+    """Epsilon left out, in another place, or another one."""
     return (
         Mistake(
             "eps-ignored",
@@ -111,6 +116,12 @@ def formulas() -> tuple[Mistake, ...]:
             "epsilon is added to 1 / sqrt(mean): it belongs under the root",
             _formula(lambda x, w, e: x * (1 / np.sqrt(_mean(x)) + e) * w),
         ),
+    )
+
+
+def _scale_formulas() -> tuple[Mistake, ...]:
+    """What a row is divided by, and what the weight does."""
+    return (
         Mistake(
             "mean-not-divided",
             "the sum of squares is not divided by cols",
@@ -157,6 +168,12 @@ def formulas() -> tuple[Mistake, ...]:
             )
             for block in BLOCKS
         ),
+    )
+
+
+def _operand_formulas() -> tuple[Mistake, ...]:
+    """What is summed, and what is multiplied with the scale."""
+    return (
         Mistake(
             "input-missing",
             "the output is weight / RMS: the input is not multiplied in",
