@@ -13,6 +13,7 @@ from common.grading.hints import hint_for
 from common.grading.lab import Case, Lab, inputs_of
 from common.grading.lessons import NEVER_AGAIN, Again, explain
 from common.grading.outcome import CaseResult, Lesson, Outcome, Report
+from common.grading.rewrite import has_launch_or_copy
 
 CORRECTNESS_POINTS = 80
 
@@ -94,7 +95,9 @@ def _grade_cuda(lab: Lab, source: Path, options: Options, work: Path) -> Report:
         lambda e: _passes_alone(lab, e, built, work),
         lambda e: not on_gpu and _follows_locals(lab, e, source, work),
     )
-    judge(lab, evaluations, report, again)
+    # A GPU's runs do not tell a file that does nothing from one whose result goes elsewhere; the file does.
+    started = on_gpu and has_launch_or_copy(source.read_text(errors="replace"))
+    judge(lab, evaluations, report, again, started=started)
     if _wants_speed(options, on_gpu, report):
         gpu.measure_speed(lab, build.build_for_timing(lab, source, work), report, work)
     elif not on_gpu:
@@ -214,8 +217,13 @@ def _spin(lab: Lab, evaluations: list[Evaluation], built: build.Built, work: Pat
         raise build.Blocked("threads that wait for others in a loop of their own (grade on a machine with a GPU)")
 
 
-def judge(lab: Lab, evaluations: list[Evaluation], report: Report, again: Again = NEVER_AGAIN) -> None:
-    """Sets outcome, lesson, cases and points of `report` from what the cases gave."""
+def judge(
+    lab: Lab, evaluations: list[Evaluation], report: Report, again: Again = NEVER_AGAIN, *, started: bool = False
+) -> None:
+    """Sets outcome, lesson, cases and points of `report` from what the cases gave.
+
+    started: the file is known to do something, though its runs count no work.
+    """
     for e in evaluations:
         detail, order = "", ""
         if failure := e.first_failure:
@@ -226,7 +234,7 @@ def judge(lab: Lab, evaluations: list[Evaluation], report: Report, again: Again 
     if blocked:
         report.outcome, report.lesson = Outcome.BLOCKED, Lesson("blocked", f"the emulation lacks {blocked[0]}")
         report.points = {group: (0.0, of) for group, (_, of) in report.points.items()}
-    elif _nothing_done(evaluations):
+    elif not started and _nothing_done(evaluations):
         report.outcome = Outcome.NOT_STARTED
         report.lesson = Lesson("not-started", f"`{lab.function}` does nothing yet: start with TODO 1 in {lab.source}")
     elif found := explain(lab, evaluations, again):

@@ -69,6 +69,19 @@ def find_lacking(source: str) -> Lacking | None:
     return Lacking(construct.strip(), source.count("\n", 0, start) + 1)
 
 
+_WORK = re.compile(
+    r"<<<|\bcuda(?:Launch|GraphLaunch|Memset|Memcpy(?!ToSymbol|FromSymbol))\w*\s*[(<]|\b(?:cub|thrust)::"
+)
+
+
+def has_launch_or_copy(source: str) -> bool:
+    """Whether a launch or a copy stands anywhere in the code, also in a macro or a function that another calls.
+
+    As in the emulation's count, a kernel without one does nothing yet, nor does what only sets variables or allocates.
+    """
+    return _WORK.search(blank_comments(source)) is not None
+
+
 def initialised_shared(source: str) -> int | None:
     """The line of the first `__shared__ float x = ...`, which is no CUDA; None if there is none."""
     match = re.search(r"\b__shared__\b[^;={}()<>]*=(?!=)", blank_comments(source))

@@ -68,7 +68,7 @@ class CaseRun:
     crash: Crash | None = None
     findings: list[tuple[str, str]] = field(default_factory=list)  # (kind, text): launch errors, changed inputs, leaks
     buffers: dict[str, tuple[int, int]] = field(default_factory=dict)  # name -> address, bytes
-    work: int = 0  # launches and copies; 0: the function did nothing
+    work: int = 0  # launches and copies; 0: the function did nothing, or ran on a GPU, where nobody counts
     launches: int = 0  # in the emulation
     ran: bool = False
 
