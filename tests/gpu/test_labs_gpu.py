@@ -19,9 +19,9 @@ from common.grading.outcome import Outcome  # noqa: E402
 if not torch.cuda.is_available() or not gpu.present():
     pytest.skip("needs CUDA and nvcc", allow_module_level=True)
 
-_spec = importlib.util.spec_from_file_location("labs_conftest", ROOT / "tests/grading/conftest.py")
-conf = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(conf)
+_spec = importlib.util.spec_from_file_location("lab_files", ROOT / "tests/grading/lab_files.py")
+lab_files = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(lab_files)
 
 # A kernel that hangs takes its turns of the GPU for half a minute: no other hangs meanwhile, and nothing is timed.
 HANGING = {"endless", "divergent-barrier", "warp-hang"}
@@ -43,7 +43,7 @@ LENIENT |= {"divergent-barrier", "out-of-bounds", "state-kept", "device-touches-
 
 @pytest.mark.parametrize("lab_name", list(LABS))
 def test_stub_is_not_started(lab_name):
-    report = grade(get(lab_name), conf.stub_path(lab_name), Options(quick=True))
+    report = grade(get(lab_name), lab_files.stub_path(lab_name), Options(quick=True))
     assert report.outcome is Outcome.NOT_STARTED and report.machine in ("GPU", "")
 
 
@@ -54,7 +54,7 @@ def test_solution_is_correct_on_the_gpu(lab_name, step):
     assert report.machine == "GPU" and report.earned == 80
 
 
-@pytest.mark.parametrize("lab_name, name, want", conf.all_wrong())
+@pytest.mark.parametrize("lab_name, name, want", lab_files.all_wrong())
 def test_wrong_file_is_wrong_on_the_gpu(lab_name, name, want):
     source = ROOT / "tests/grading/wrong" / lab_name / (name + Path(get(lab_name).source).suffix)
     with GPU_ALONE if want["lesson"] in HANGING else nullcontext():

@@ -2,19 +2,19 @@
 
 import csv
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from lab_files import needs_compiler
 
 from common.grading import batch, handout
 from common.grading.lab import LABS, ROOT, get
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+@needs_compiler
 def test_a_class_is_graded_to_its_end(tmp_path):
     lab = get("silu/CUDA")
     files = {

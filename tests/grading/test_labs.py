@@ -1,6 +1,5 @@
 """Every stub is `not started`, every solution correct, every wrong file teaches its lesson; texts agree."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -9,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from lab_files import CUDA_LABS, ROOT, all_wrong, anonymous_copy, needs_compiler, needs_triton, stub_path, wrong_files
 
 from common.grading.build import Blocked, build_emulated
 from common.grading.grader import Options, grade
@@ -16,13 +16,7 @@ from common.grading.lab import LABS, get
 from common.grading.outcome import Outcome
 
 HERE = Path(__file__).parent
-_spec = importlib.util.spec_from_file_location("labs_conftest", HERE / "conftest.py")
-conf = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(conf)
 
-needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
-CUDA_LABS = [name for name in LABS if name != "silu"]
 OFFLINE = {"use_gpu": False, "nvcc": False}
 
 
@@ -42,7 +36,7 @@ def solution_params() -> list:
 
 @pytest.mark.parametrize("lab_name", lab_params())
 def test_stub_is_not_started(lab_name):
-    report = grade(get(lab_name), conf.stub_path(lab_name), Options(quick=True, **OFFLINE))
+    report = grade(get(lab_name), stub_path(lab_name), Options(quick=True, **OFFLINE))
     assert report.outcome is Outcome.NOT_STARTED and report.outcome.exit_code == 3
     assert report.earned == 0
 
@@ -101,11 +95,11 @@ def test_vector_solution_takes_addresses_that_are_no_multiple_of_16(tmp_path, la
     assert report.outcome is Outcome.CORRECT, (report.lesson, report.cases)
 
 
-@pytest.mark.parametrize("lab_name, name, want", conf.all_wrong())
+@pytest.mark.parametrize("lab_name, name, want", all_wrong())
 def test_wrong_file_teaches_its_lesson(lab_name, name, want):
     source = HERE / "wrong" / lab_name / (name + Path(get(lab_name).source).suffix)
     options = Options(cases=tuple(want["cases"]), quick=True, **OFFLINE)
-    report = grade(get(lab_name), conf.anonymous_copy(source), options)
+    report = grade(get(lab_name), anonymous_copy(source), options)
     assert (report.outcome.value, report.lesson.id) == (want["outcome"], want["lesson"]), report.lesson
     assert report.outcome.exit_code == 1
     assert not report.cases[0].passed and report.cases[0].detail
@@ -113,7 +107,7 @@ def test_wrong_file_teaches_its_lesson(lab_name, name, want):
 
 @pytest.mark.parametrize("lab_name", list(LABS))
 def test_enough_wrong_files_and_none_without_a_lesson(lab_name):
-    folder, wanted = HERE / "wrong" / lab_name, conf.wrong_files(lab_name)
+    folder, wanted = HERE / "wrong" / lab_name, wrong_files(lab_name)
     suffix = Path(get(lab_name).source).suffix
     assert {p.stem for p in folder.glob(f"*{suffix}")} == set(wanted)
     assert len(wanted) >= (5 if lab_name == "silu" else 10)
@@ -130,7 +124,7 @@ def test_points_are_eighty_and_twenty(lab_name):
 def test_signatures_agree(lab_name):
     lab = get(lab_name)
     spaceless = lambda text: re.sub(r"\s+", "", text)  # noqa: E731
-    sources = [conf.stub_path(lab_name), lab.folder / "README.md", *lab.solutions(), *lab.folder.glob("*.h")]
+    sources = [stub_path(lab_name), lab.folder / "README.md", *lab.solutions(), *lab.folder.glob("*.h")]
     for path in sources:
         assert spaceless(lab.signature) in spaceless(path.read_text()), f"{path} lacks `{lab.signature}`"
 
@@ -147,7 +141,7 @@ def test_three_solutions_with_prediction_and_measurement(lab_name):
 @pytest.mark.parametrize("lab_name", list(LABS))
 def test_help_is_quick_to_import(lab_name):
     code = (
-        f"import sys; sys.argv = ['grade.py', '--help']; sys.path.insert(0, {str(conf.ROOT)!r})\n"
+        f"import sys; sys.argv = ['grade.py', '--help']; sys.path.insert(0, {str(ROOT)!r})\n"
         "from common.grading.cli import main\n"
         f"try:\n    main({lab_name!r})\nexcept SystemExit:\n    pass\n"
         "assert not {'torch', 'triton', 'matplotlib', 'numpy'} & set(sys.modules)"
@@ -158,7 +152,7 @@ def test_help_is_quick_to_import(lab_name):
 @needs_compiler
 def test_commands_of_a_grade_script(tmp_path):
     """A bad case name is one line and exit code 2; results.json has Gradescope's fields."""
-    script = conf.ROOT / "silu/CUDA/grade.py"
+    script = ROOT / "silu/CUDA/grade.py"
     student = tmp_path / "student"
     student.mkdir()
     shutil.copy(get("silu/CUDA").solutions()[0], student / "silu.cu")
@@ -192,7 +186,7 @@ def test_commands_of_a_grade_script(tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(options, named):
-    command = [sys.executable, str(conf.ROOT / "host_GPU/grade.py"), *options]
+    command = [sys.executable, str(ROOT / "host_GPU/grade.py"), *options]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and named in done.stderr
 
@@ -298,7 +292,7 @@ def test_commands_in_the_handout_are_accepted(lab_name):
     ]
     assert len(lines) >= 5
     for _, script, *options in lines:
-        assert script == f"{lab_name}/grade.py" and (conf.ROOT / script).is_file()
+        assert script == f"{lab_name}/grade.py" and (ROOT / script).is_file()
         args = parser(lab_name).parse_args(options)
         if args.case:
             assert choose_cases(get(lab_name), Options(cases=tuple(args.case)))

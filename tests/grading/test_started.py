@@ -1,24 +1,17 @@
 """`not started` means the same on a GPU, where nobody counts launches and copies, as in the emulation, which does."""
 
-import importlib.util
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from lab_files import CUDA_LABS, anonymous_copy, needs_compiler, stub_path
 
 from common.grading import build, gpu, run, sanitizer
 from common.grading.grader import Options, grade
-from common.grading.lab import LABS, OUTPUT_FILL, ROOT, get, inputs_of
+from common.grading.lab import OUTPUT_FILL, ROOT, get, inputs_of
 from common.grading.outcome import Outcome
 
-_spec = importlib.util.spec_from_file_location("labs_conftest", Path(__file__).with_name("conftest.py"))
-conf = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(conf)
-
-needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
-CUDA_LABS = [name for name in LABS if name != "silu"]
 NOT_STARTED, NOTHING_WRITTEN = (Outcome.NOT_STARTED, "not-started"), (Outcome.WRONG, "nothing-written")
 KERNEL = """#include "silu.h"
 #include <cuda_runtime.h>
@@ -60,14 +53,14 @@ def graded_as_on_a_gpu(monkeypatch, lab_name: str, source: Path):
 
 @pytest.mark.parametrize("lab_name, name", [("silu/CUDA", "own_output"), ("host_GPU", "own_buffer")])
 def test_what_is_written_elsewhere_is_wrong_on_a_gpu(monkeypatch, lab_name, name):
-    source = conf.anonymous_copy(ROOT / "tests/grading/wrong" / lab_name / f"{name}.cu")
+    source = anonymous_copy(ROOT / "tests/grading/wrong" / lab_name / f"{name}.cu")
     assert graded_as_on_a_gpu(monkeypatch, lab_name, source) == NOTHING_WRITTEN
 
 
 @pytest.mark.parametrize("lab_name", CUDA_LABS)
 @pytest.mark.parametrize("changed", ["as handed out", "without comments", "reformatted"])
 def test_a_stub_in_which_nothing_was_written_is_not_started_on_a_gpu(monkeypatch, tmp_path, lab_name, changed):
-    text = conf.stub_path(lab_name).read_text()
+    text = stub_path(lab_name).read_text()
     if changed != "as handed out":
         text = re.sub(r"//[^\n]*", "", text)
     if changed == "reformatted":

@@ -1,11 +1,10 @@
 """Correct code that is seldom written is never called wrong; what learners often get wrong at the compiler is named."""
 
-import importlib.util
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from lab_files import needs_compiler, needs_triton
 
 from common.grading import build
 from common.grading.check import evaluate, races
@@ -15,8 +14,6 @@ from common.grading.outcome import Outcome
 from common.grading.qualifiers import missing_qualifier
 from common.grading.run import FIRST, SCHEDULES, CaseRun
 
-needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
 OFFLINE = {"use_gpu": False, "nvcc": False}
 
 # One line for every kind of construct: a kernel's body between the sum of a thread's squares and the row's.

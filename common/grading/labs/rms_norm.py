@@ -56,6 +56,11 @@ def by_sum_of_squares(squares: Callable[[Case, np.ndarray], np.ndarray]) -> Call
     return predict
 
 
+def counted(times: int) -> Callable:
+    """A prediction in which every square counts so many times."""
+    return by_sum_of_squares(lambda case, x: times * (x**2).sum(axis=1))
+
+
 def _formula(function: Callable[[np.ndarray, np.ndarray, float], np.ndarray]) -> Callable:
     return lambda case, inputs: function(*arrays(case, inputs), case.epsilon)
 
@@ -271,7 +276,7 @@ def combining() -> tuple[Mistake, ...]:
         found.append(Mistake("half-warp", text, by_sum_of_squares(lower_lanes(times))))
     for times, who in ((32, "by every lane of a warp"), *((b, f"by all {b} threads of a block") for b in BLOCKS[:-1])):
         text = f"a sum that all have is added {who}, so it counts {times} times: let one thread add it"
-        found.append(Mistake("counted-often", text, by_sum_of_squares(lambda c, x, n=times: n * (x**2).sum(axis=1))))
+        found.append(Mistake("counted-often", text, counted(times)))
     text = "the last step of the halving is missing (to 1: `> 0`, not `> 1`): the odd threads' sums are lost"
     found.append(Mistake("last-step", text, by_sum_of_squares(lambda c, x: (x[:, ::2] ** 2).sum(axis=1))))
     for block in BLOCKS[:-1]:

@@ -60,10 +60,6 @@ def _own_chunk_mean(block: int):
     return predict
 
 
-def _counted(times: int):
-    return rms_norm.by_sum_of_squares(lambda case, x: times * (x**2).sum(axis=1))
-
-
 _MANY = 1 << 30
 _OWN = "each block scales by its own partial sum: the blocks' sums must be added before anybody scales"
 
@@ -82,7 +78,11 @@ LAB = Lab(
         *rms_norm.reductions(),
         *(Mistake("own-block-sum", _OWN, _own_block(b, n)) for b in rms_norm.BLOCKS for n in (_MANY, 4, 8, 16, 32, 64)),
         *(
-            Mistake("counted-often", f"each of {n} blocks adds the whole vector's sum: share the vector", _counted(n))
+            Mistake(
+                "counted-often",
+                f"each of {n} blocks adds the whole vector's sum: share the vector",
+                rms_norm.counted(n),
+            )
             for n in (2, 4, 8, 16)
         ),
         *(Mistake("own-block-sum", _OWN, _own_chunk_mean(b)) for b in rms_norm.BLOCKS),
